@@ -1,0 +1,50 @@
+# Sourced by launch/local.sh and tests/run.sh, from the project's top directory: makes .venv once and
+# installs a requirements file when its content or the Python version has changed. Sets $python.
+
+python=.venv/bin/python
+
+find_python() {  # prints the first Python of at least 3.11 that really starts
+  local name
+  for name in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3 python3.13; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "oel_jax needs Python 3.11 or newer and found none (tried ${PYTHON:+$PYTHON, }python3.12," \
+    "python3.11, python3, python3.13). Install one, or name it: PYTHON=... bash $0" >&2
+  return 1
+}
+
+make_venv() {
+  local base
+  if "$python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+    return
+  fi
+  base=$(find_python) || return 1
+  echo "Making .venv with $("$base" --version)"
+  if ! "$base" -m venv --clear .venv; then
+    echo "$base cannot make a virtual environment; on Debian and Ubuntu install its -venv" \
+      "package, or name another Python: PYTHON=... bash $0" >&2
+    return 1
+  fi
+}
+
+fingerprint() {  # of a requirements file and the Python it is installed for
+  "$python" -c 'import hashlib, sys
+print(sys.version, hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"
+}
+
+install() {  # install FILE: only if it has changed since the last time
+  local stamp want
+  stamp=.venv/installed-$(echo "$1" | tr '/' '-')
+  want=$(fingerprint "$1") || return 1
+  if [ "$want" != "$(cat "$stamp" 2>/dev/null)" ]; then
+    echo "Installing $1 (the first time takes a few minutes)"
+    if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$1"; then
+      echo "Installing $1 failed; pip's message is above. Run the same command again to retry." >&2
+      return 1
+    fi
+    echo "$want" >"$stamp"
+  fi
+}

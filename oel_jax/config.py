@@ -1,0 +1,401 @@
+"""Every setting of a run: the commented defaults, the presets, and the checks.
+
+A config file in `configs/` starts from `default()`, changes what its recipe needs and returns the
+`ConfigDict`; single fields are overridden on the command line (`--config.rounds=2`). `validate`
+runs before anything is loaded, `validate_against_model` as soon as the model's shape is known. The
+defaults are the recipe of Qwen3-4B on Frozen Lake (spec 2.1).
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from oel_jax import knowledge, prompts
+from oel_jax.config_rules import HELD_OUT_BOARDS, PRESETS, rules
+from oel_jax.errors import UserError
+
+# Deploy seeds of two rounds are 10,000 games apart (spec 3.2).
+GAMES_PER_ROUND = 10_000
+
+# Row 7 of spec section 12: the wording of Figs. 11 and 10, where it differs from the released one.
+_PAPER_WORDING = {
+    "v3": ("(the game environment (input)", "(previous experience, the game environment (input)"),
+    "v4": ("history and the previous experience, generate", "history, generate"),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+    """All fields with their defaults; what a plain run does where paper and code differ."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # loop seed: every random key of the run derives from it
+    c.rounds = 2  # rounds of deploy, extract, consolidate, evaluate; may be raised later
+    c.preset = "default"  # which of PRESETS this config started from; set by apply_preset
+    c.compilation_cache = ""  # XLA's compiled programs; '' = ~/.cache/oel_jax/xla, 'off' = none
+
+    c.model = m = ml_collections.ConfigDict()
+    m.path = "Qwen/Qwen3-4B"  # 'nano' (bundled), a Hugging Face directory, or a hub id
+    m.dtype = "bfloat16"  # compute dtype of student, teacher and sampler; masters are float32
+    m.thinking = True  # thinking flag of the chat template, in play and in extraction
+    m.attention_block = 512  # query rows per attention block: memory against speed
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.fsdp = 1  # devices that split parameters and batch; -1 = all that tp leaves
+    c.mesh.tp = 1  # devices that split heads, MLP width and vocabulary
+
+    c.game = ml_collections.ConfigDict()
+    c.game.name = "frozen_lake"  # 'frozen_lake', 'sokoban', or a game that you registered
+    c.game.max_turns = 5  # a game is over after this many responses
+    c.game.layout = "released"  # prompt layout: 'released' (with its quirks) or 'paper'
+
+    c.sampler = s = ml_collections.ConfigDict()
+    s.slots = 64  # sequences generated at once
+    s.max_len = 0  # cache length per slot in tokens; 0 = what the stage's budgets need
+    s.decode_steps = 32  # tokens decoded per dispatch; speed only
+    s.prefill_rows = 8  # prompts encoded per dispatch; speed only
+    s.max_prompt = 2560  # play prompt without knowledge, in tokens: 512 per turn (spec 4.5)
+    s.max_response = 1024  # tokens of one response in a game
+
+    c.deploy = ml_collections.ConfigDict()
+    c.deploy.games_per_step = 64  # games whose prefixes make one optimizer step
+    c.deploy.temperature = 0.7  # of the deployed games
+    c.deploy.top_p = 1.0  # 1 = off
+    c.deploy.top_k = 0  # 0 = off
+
+    c.extract = e = ml_collections.ConfigDict()
+    e.chains = 10  # K: knowledge texts, one per chain of accumulation
+    e.n = 25  # the text after this many trajectories is the one that is used
+    e.n_run = 25  # trajectories per chain; more than n only lengthens the accumulation curve
+    e.version = "v4"  # 'v3' = unstructured text, 'v4' = items
+    e.previous = True  # the extractor sees the knowledge gathered so far
+    e.l_max = 8192  # longest knowledge text and the extractor's budget, in tokens
+    e.max_prompt = 0  # longest extractor prompt in tokens; 0 = formula of spec 4.5
+    e.temperature = 0.7  # of the extraction games and of the extractor
+    e.top_p = 0.8  # 1 = off
+    e.top_k = 20  # 0 = off
+    e.trajectories = "per_chain"  # 'per_chain': each chain plays its own games; 'shared': one set
+    e.outcome = "full"  # shown to the extractor: 'full', 'text_only' (no result line), 'none'
+    e.item_marker = knowledge.MARKER  # what begins an item (v4)
+    e.template_file = ""  # '' = released template, 'paper' = Figs. 10 and 11, or a text file
+    e.unfinished_thought = "drop"  # thought that fills the budget: 'drop' it or 'keep' it as text
+    e.truncate = "tail"  # beyond l_max keep the newest lines ('tail') or the oldest ('head')
+    e.model_path = ""  # extractor model; '' = the policy of the round
+
+    c.consolidate = t = ml_collections.ConfigDict()
+    t.steps = 20  # S: optimizer steps per round
+    t.learning_rate = 1e-6  # constant, no warm-up
+    t.b1 = 0.9  # AdamW, decay of the first moment
+    t.b2 = 0.999  # AdamW, decay of the second moment
+    t.eps = 1e-8  # AdamW, added to the root of the second moment
+    t.weight_decay = 0.01  # on all parameters
+    t.clip_norm = 1.0  # global gradient norm
+    t.token_budget = 20_480  # prompt and response tokens per micro-batch; not part of the result
+    t.temperature = 0.7  # of the student's responses (top_p 1, top_k off)
+    t.save_every = 2  # optimizer steps between checkpoints inside a round
+    t.keep_fp32_master = False  # hand float32 weights to the next round (a labelled deviation)
+    t.drop_remainder = 0  # W: drop the last N mod W prefixes of a step; 0 = drop nothing
+    t.remat = True  # recompute activations in the backward pass: less memory, more time
+    t.knowledge_rng = "released"  # which text a prefix gets: random.Random(step + 1000 * round)
+    t.moments_dtype = "float32"  # AdamW moments: 'float32' or 'bfloat16'
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.top_k = 256  # support of the reverse KL: the student's k likeliest tokens
+    c.loss.temperature = 0.7  # of both softmaxes
+    c.loss.renorm = False  # renormalise both distributions over the support
+    c.loss.aggregation = "token_mean"  # or 'seq_mean' (paper), 'micro_token_mean' (released)
+    c.loss.chunk = 512  # response tokens whose logits exist at the same time
+
+    c.evaluate = v = ml_collections.ConfigDict()
+    v.maps = HELD_OUT_BOARDS  # held-out boards, from the first of the 128
+    v.seeds = 10  # games per board
+    v.temperature = 0.7  # of the evaluation games
+    v.top_p = 0.8  # 1 = off
+    v.top_k = 20  # 0 = off
+    v.seed_mode = "independent"  # key per game; 'constant' = one noise stream per seed (released)
+    v.unseen_split = True  # second pass rate over boards never met in deployment
+    v.in_context = True  # also measure the policy with the round's knowledge in its prompt
+    v.curve = ()  # trajectories after which knowledge is measured in context, e.g. (1, 5, 25)
+
+    c.log = ml_collections.ConfigDict()
+    c.log.tensorboard = True  # write event files beside metrics.jsonl
+    c.log.console_every = 5.0  # seconds between progress lines
+    return c
+
+
+# Spec section 12: (row, field, value in the paper, value in the released code). A callable gets the
+# config. Rows without a field: 14 and 15 are TextArena's and the released rule for everyone, 17 are
+# separate protocols, 20 (bf16 log-probabilities) and 21 (optimizer lost on resume) are not copied.
+ROWS: tuple[tuple[int, str, Any, Any], ...] = (
+    (1, "deploy.games_per_step", 64, 128),
+    (2, "loss.aggregation", "seq_mean", "micro_token_mean"),
+    (3, "loss.temperature", 1.0, 0.7),
+    (3, "loss.renorm", False, False),
+    (4, "extract.trajectories", "shared", "per_chain"),
+    (5, "extract.outcome", "none", "full"),
+    (6, "extract.item_marker", "-- EXPERIENCE ITEM:", knowledge.MARKER),
+    (7, "extract.template_file", "paper", ""),
+    (8, "extract.unfinished_thought", "drop", "keep"),
+    (9, "extract.truncate", "head", "tail"),
+    (10, "evaluate.unseen_split", False, False),
+    (11, "evaluate.seed_mode", "independent", "constant"),
+    (12, "game.layout", "paper", "released"),  # row 13 is the same field
+    (16, "rounds", 3, lambda c: 2 if c.game.name == "frozen_lake" else 3),
+    (18, "consolidate.keep_fp32_master", False, False),
+    (19, "consolidate.drop_remainder", 0, 16),  # 16 = GPUs of the released scripts
+)
+
+
+def apply_preset(config: ml_collections.ConfigDict, name: str | None) -> ml_collections.ConfigDict:
+    """Set every row of spec section 12 to its 'paper' or 'released' column, in place.
+
+    'default', '' and None change nothing. Single fields can still be overridden afterwards.
+
+    Raises:
+      UserError: another name.
+    """
+    name = name or "default"
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    config.preset = name
+    for _, path, paper, released in ROWS if name != "default" else ():
+        value = paper if name == "paper" else released
+        group, _, field = path.rpartition(".")
+        (config[group] if group else config)[field] = value(config) if callable(value) else value
+    return config
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types (tuples become lists), for `config.json`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(config.to_dict())
+
+
+# --- budgets (spec 4.5) ---------------------------------------------------------------------------
+
+
+def play_budget(config: ml_collections.ConfigDict, with_knowledge: bool) -> tuple[int, int]:
+    """(longest prompt, longest response) of a game turn in tokens, with or without knowledge."""
+    extra = config.extract.l_max if with_knowledge else 0
+    return config.sampler.max_prompt + extra, config.sampler.max_response
+
+
+def extractor_budget(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(longest prompt, longest response) of an extractor call in tokens.
+
+    Formula: (max_response + 512) per turn, 1024 for the template, and l_max when the previous
+    knowledge is shown. The response may be l_max long, thinking included.
+    """
+    e = config.extract
+    history = (config.sampler.max_response + 512) * config.game.max_turns + 1024
+    return e.max_prompt or history + (e.l_max if e.previous else 0), e.l_max
+
+
+def chain_seeds(config: ml_collections.ConfigDict) -> list[int]:
+    """Seeds of the K chains: 50, 100, ... (spec 2.3)."""
+    return [50 * (k + 1) for k in range(config.extract.chains)]
+
+
+def extraction_template(config: ml_collections.ConfigDict) -> str | None:
+    """The extraction template with this config's item marker; None = the built-in one as it is.
+
+    Raises:
+      UserError: `extract.template_file` cannot be read, or lacks one of the two slots.
+    """
+    e = config.extract
+    if e.template_file not in ("", "paper"):
+        text = prompts.load_template(e.template_file)
+    else:
+        text = {"v3": prompts.GAME_V3, "v4": prompts.GAME_V4}[e.version]
+        if e.template_file == "paper":
+            text = text.replace(*_PAPER_WORDING[e.version])
+        elif e.item_marker == knowledge.MARKER:
+            return None
+    return text.replace(knowledge.MARKER, e.item_marker)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every field of a nested dict."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _refuse(path: str, value: Any, must: str) -> None:
+    raise UserError(f"config.{path} is {value!r}; it must be {must}")
+
+
+def validate(
+    config: ml_collections.ConfigDict, games: Sequence[str] = ("frozen_lake", "sokoban")
+) -> list[str]:
+    """Check every field and how fields fit together; touches no model and no device.
+
+    Args:
+      config: what a config file returned, after command-line overrides.
+      games: names that `config.game.name` may have (the registered games).
+
+    Returns:
+      Remarks for the user: legal settings that are probably not what one wants.
+
+    Raises:
+      UserError: the first wrong, missing or unknown field, with its path, value and the fix.
+    """
+    fields, table = leaves(config.to_dict()), rules()
+    for path in fields:
+        if path not in table:
+            close = difflib.get_close_matches(path, table, n=1)
+            hint = f"; did you mean config.{close[0]}?" if close else "; see oel_jax/config.py"
+            raise UserError(f"config.{path} is not a field{hint}")
+    for path, rule in table.items():
+        if path not in fields:
+            raise UserError(f"config.{path} is missing; start from oel_jax.config.default()")
+        must = rule(fields[path])
+        if must:
+            _refuse(path, fields[path], must)
+    if config.game.name not in games:
+        _refuse("game.name", config.game.name, "one of " + ", ".join(games))
+    _check_combinations(config)
+    extraction_template(config)
+    return _remarks(config)
+
+
+def _check_combinations(config: ml_collections.ConfigDict) -> None:
+    e, s, t = config.extract, config.sampler, config.consolidate
+    if e.n > e.n_run:
+        _refuse("extract.n", e.n, f"at most config.extract.n_run = {e.n_run}")
+    if config.evaluate.curve and config.evaluate.curve[-1] > e.n_run:
+        _refuse("evaluate.curve", config.evaluate.curve, f"within config.extract.n_run = {e.n_run}")
+    longest = s.max_prompt + s.max_response
+    if t.token_budget < longest:
+        _refuse(
+            "consolidate.token_budget",
+            t.token_budget,
+            f"at least {longest}, the longest student sequence "
+            f"(sampler.max_prompt {s.max_prompt} + sampler.max_response {s.max_response})",
+        )
+    if e.previous and 0 < e.max_prompt <= e.l_max:
+        _refuse(
+            "extract.max_prompt",
+            e.max_prompt,
+            f"0 or above config.extract.l_max = {e.l_max}, since the extractor's prompt holds the "
+            "previous knowledge (config.extract.previous)",
+        )
+    if 0 < s.max_len <= max(s.max_response, e.l_max):
+        _refuse(
+            "sampler.max_len",
+            s.max_len,
+            f"0 or above {max(s.max_response, e.l_max)}, the longest response; otherwise no prompt "
+            "fits into the cache",
+        )
+
+
+def _remarks(config: ml_collections.ConfigDict) -> list[str]:
+    remarks = []
+    last = config.deploy.games_per_step * (config.consolidate.steps + 1)
+    if config.rounds > 1 and last > GAMES_PER_ROUND:
+        remarks.append(
+            f"config.deploy.games_per_step x steps reaches game {last} of a round; from "
+            f"{GAMES_PER_ROUND} on, deploy boards of consecutive rounds repeat (spec 3.2)"
+        )
+    if config.loss.renorm and config.loss.top_k == 1:
+        remarks.append(
+            "config.loss.top_k=1 with config.loss.renorm=True makes the loss zero everywhere; use "
+            "a larger config.loss.top_k"
+        )
+    return remarks
+
+
+def _mesh_shape(config: ml_collections.ConfigDict, device_count: int) -> tuple[int, int]:
+    """(fsdp, tp) with -1 resolved.
+
+    Raises:
+      UserError: the product is not the number of devices.
+    """
+    fsdp, tp = config.mesh.fsdp, config.mesh.tp
+    if fsdp == -1 and device_count % tp == 0:
+        fsdp = device_count // tp
+    if fsdp * tp != device_count:
+        raise UserError(
+            f"config.mesh.fsdp={config.mesh.fsdp} x config.mesh.tp={tp} does not give the "
+            f"{device_count} device(s) that JAX sees; set config.mesh.fsdp=-1 and config.mesh.tp "
+            f"to one of {_divisors(device_count)}"
+        )
+    return fsdp, tp
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def validate_against_model(
+    config: ml_collections.ConfigDict,
+    model_config: Any,
+    tokenizer_vocab_size: int,
+    device_count: int,
+) -> None:
+    """Check the config against the model's shape and the devices; call it before loading weights.
+
+    Args:
+      config: a config that passed `validate`.
+      model_config: `oel_jax.lm.config.ModelConfig`.
+      tokenizer_vocab_size: ids from this one on are padding rows and never sampled.
+      device_count: devices that JAX sees.
+
+    Raises:
+      UserError: names the field and the values that would fit.
+    """
+    m = model_config
+    fsdp, tp = _mesh_shape(config, device_count)
+    if config.loss.top_k > m.vocab_size:
+        _refuse("loss.top_k", config.loss.top_k, f"at most the model's vocabulary, {m.vocab_size}")
+    for group in ("deploy", "extract", "evaluate"):
+        if config[group].top_k > tokenizer_vocab_size:
+            _refuse(
+                f"{group}.top_k",
+                config[group].top_k,
+                f"at most {tokenizer_vocab_size}, the tokens of the tokenizer (0 = off)",
+            )
+    divided = {
+        "tp": (
+            ("the model's num_heads", m.num_heads),
+            ("the model's num_kv_heads", m.num_kv_heads),
+            ("the model's intermediate_size", m.intermediate_size),
+            ("the model's vocab_size", m.vocab_size),
+        ),
+        "fsdp": (
+            ("config.sampler.slots", config.sampler.slots),
+            ("config.sampler.prefill_rows", config.sampler.prefill_rows),
+            ("the model's hidden_size", m.hidden_size),
+        ),
+    }
+    for axis, size in (("tp", tp), ("fsdp", fsdp)):
+        for what, number in divided[axis]:
+            if number % size:
+                fits = [d for d in _divisors(device_count) if number % d == 0]
+                raise UserError(
+                    f"config.mesh.{axis}={size} does not divide {what} = {number}; with "
+                    f"{device_count} device(s) it can be one of {fits}"
+                )
+    stages = {
+        "a game with knowledge (sampler.max_prompt + extract.l_max + sampler.max_response)": sum(
+            play_budget(config, True)
+        ),
+        "the extractor (extract.max_prompt + extract.l_max)": sum(extractor_budget(config)),
+    }
+    for what, length in stages.items():
+        if length > m.max_positions:
+            raise UserError(
+                f"{what} may need {length} tokens, but the model was made for "
+                f"{m.max_positions} positions; lower these config fields"
+            )

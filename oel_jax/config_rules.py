@@ -1,0 +1,153 @@
+"""What each config field may be: one rule per field, used by `oel_jax.config.validate`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+PRESETS = ("default", "paper", "released")
+HELD_OUT_BOARDS = 128  # evaluation seeds of spec 3.2
+
+Rule = Callable[[Any], str | None]  # a value -> what it must be, or None if it is right
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
+    bounds = f"{'above' if open_low else 'at least'} {low:.10g}"
+    bounds += f" and at most {high:.10g}" if high < math.inf else ""
+
+    def check(value: Any) -> str | None:
+        right = (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (value > low if open_low else value >= low)
+            and value <= high
+        )
+        return None if right else f"a number {bounds}"
+
+    return check
+
+
+def _integer(low: int, high: float = math.inf) -> Rule:
+    in_range = _number(low, high)
+
+    def check(value: Any) -> str | None:
+        wrong = in_range(value)
+        if not wrong and isinstance(value, int):
+            return None
+        return (wrong or in_range(math.nan)).replace("a number", "an integer")
+
+    return check
+
+
+def _choice(*values: Any) -> Rule:
+    def check(value: Any) -> str | None:
+        # `is`-like type check: True must not pass for 1
+        right = any(value == v and type(value) is type(v) for v in values)
+        return None if right else " or ".join(map(repr, values))
+
+    return check
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else "a text that is not empty"
+
+
+def _any_text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "a text"
+
+
+def _one_line(value: Any) -> str | None:
+    right = _text(value) is None and "\n" not in value and value == value.strip()
+    return None if right else "one line of text without space at its ends"
+
+
+def _steps(value: Any) -> str | None:
+    right = isinstance(value, (tuple, list)) and all(type(item) is int for item in value)
+    right = right and list(value) == sorted(set(value)) and all(item >= 1 for item in value)
+    return None if right else "increasing integers of at least 1, e.g. (1, 5, 25)"
+
+
+_FLAG = _choice(True, False)
+_POSITIVE = _integer(1)
+_TEMPERATURE = _number(0, open_low=True)  # greedy decoding: top_k=1
+_TOP_P = _number(0, 1, open_low=True)
+_DTYPE = _choice("float32", "bfloat16")
+
+
+def _count_or_minus_one(value: Any) -> str | None:
+    wrong = None if value == -1 and type(value) is int else _integer(1)(value)
+    return wrong and f"{wrong}, or -1 for all devices that config.mesh.tp leaves"
+
+
+def rules() -> dict[str, Rule]:
+    """Field path -> rule; the tests check that every field of `default()` has one."""
+    table: dict[str, Rule] = {
+        "seed": _integer(0, 2**31 - 1),
+        "rounds": _POSITIVE,
+        "preset": _choice(*PRESETS),
+        "compilation_cache": _any_text,
+        "mesh.fsdp": _count_or_minus_one,
+        "log.console_every": _number(0),
+    }
+    groups: dict[str, dict[str, Rule]] = {
+        "model": {"path": _text, "dtype": _DTYPE, "thinking": _FLAG, "attention_block": _POSITIVE},
+        "mesh": {"tp": _POSITIVE},
+        "game": {"name": _text, "max_turns": _POSITIVE, "layout": _choice("released", "paper")},
+        "sampler": {
+            **dict.fromkeys(
+                ("slots", "decode_steps", "prefill_rows", "max_prompt", "max_response"), _POSITIVE
+            ),
+            "max_len": _integer(0),
+        },
+        "deploy": {"games_per_step": _POSITIVE},
+        "extract": {
+            **dict.fromkeys(("chains", "n", "n_run", "l_max"), _POSITIVE),
+            "max_prompt": _integer(0),
+            "version": _choice("v3", "v4"),
+            "previous": _FLAG,
+            "trajectories": _choice("per_chain", "shared"),
+            "outcome": _choice("full", "text_only", "none"),
+            "item_marker": _one_line,
+            "template_file": _any_text,
+            "unfinished_thought": _choice("drop", "keep"),
+            "truncate": _choice("tail", "head"),
+            "model_path": _any_text,
+        },
+        "consolidate": {
+            **dict.fromkeys(("steps", "token_budget", "save_every"), _POSITIVE),
+            "learning_rate": _number(0, 1, open_low=True),
+            "b1": _number(0, 0.9999999),
+            "b2": _number(0, 0.9999999),
+            "eps": _number(0, 1, open_low=True),
+            "weight_decay": _number(0, 1),
+            "clip_norm": _number(0, open_low=True),
+            "temperature": _TEMPERATURE,
+            "drop_remainder": _integer(0),
+            "keep_fp32_master": _FLAG,
+            "remat": _FLAG,
+            "knowledge_rng": _choice("released"),
+            "moments_dtype": _DTYPE,
+        },
+        "loss": {
+            "top_k": _POSITIVE,
+            "temperature": _TEMPERATURE,
+            "renorm": _FLAG,
+            "aggregation": _choice("token_mean", "seq_mean", "micro_token_mean"),
+            "chunk": _POSITIVE,
+        },
+        "evaluate": {
+            "maps": _integer(1, HELD_OUT_BOARDS),
+            "seeds": _POSITIVE,
+            "seed_mode": _choice("independent", "constant"),
+            "unseen_split": _FLAG,
+            "in_context": _FLAG,
+            "curve": _steps,
+        },
+        "log": {"tensorboard": _FLAG},
+    }
+    sampling = {"temperature": _TEMPERATURE, "top_p": _TOP_P, "top_k": _integer(0)}
+    for group in ("deploy", "extract", "evaluate"):
+        groups[group] |= sampling
+    for group, fields in groups.items():
+        table |= {f"{group}.{field}": rule for field, rule in fields.items()}
+    return table

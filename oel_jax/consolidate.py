@@ -1,0 +1,308 @@
+"""Server side: knowledge into weights (paper Eq. 2, spec section 8).
+
+Per step: all prefixes of 64 games, one knowledge text drawn per prefix; the student answers without
+it, the frozen teacher P_r re-reads the answer with it, and the student's top-k reverse KL is
+minimised by one AdamW update. Nothing here touches a game.
+"""
+
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from oel_jax import knowledge
+from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.step import (
+    StepConfig,
+    Sums,
+    accumulate,
+    cast,
+    optimizer,
+    update,
+    zeros_like,
+)
+from oel_jax.distill.teacher import Teacher, cache_bytes
+from oel_jax.distill.topk_kl import KLConfig
+from oel_jax.errors import UserError
+from oel_jax.lm.huggingface import save_model
+from oel_jax.lm.language_model import DTYPES, LanguageModel
+from oel_jax.lm.sampler import Request, Sampler
+from oel_jax.lm.sampling import Sampling
+from oel_jax.metrics import read as read_metrics
+from oel_jax.metrics import table
+from oel_jax.parallel.mesh import put_batch
+from oel_jax.run import Run
+from oel_jax.trajectories import Prefix, prefixes, read
+from oel_jax.workdir import read_json
+
+
+@dataclass
+class _Student:
+    """Float32 masters and optimizer state; `step` updates are done."""
+
+    params: Any
+    state: Any
+    step: int
+
+
+def consolidate(run: Run, round_number: int) -> list[Path]:
+    """Train P_r into P_{r+1}; returns the policy directory. Goes on from the last checkpoint."""
+    config, settings = run.config, run.config.consolidate
+    source = run.policy_directory(round_number)
+    teacher_model = run.policy(round_number)
+    texts = _texts(run, round_number, teacher_model)
+    teacher = Teacher(
+        teacher_model,
+        texts,
+        thinking=config.model.thinking,
+        block=config.model.attention_block,
+    )
+    tx = optimizer(settings)
+    dtype = DTYPES[config.model.dtype]
+    step_config = StepConfig(
+        model=teacher_model.cfg,
+        kl=KLConfig(
+            config.loss.top_k, config.loss.temperature, config.loss.renorm, config.loss.chunk
+        ),
+        dtype=dtype,
+        remat=settings.remat,
+        block=config.model.attention_block,
+    )
+    with _checkpoints(run, round_number) as checkpoints, jax.set_mesh(run.mesh):
+        student = _start(run, source, tx, checkpoints)
+        run.metrics.rewind("consolidate", round_number, student.step)
+        sampler = run.sampler(
+            teacher_model,
+            Sampling(settings.temperature),
+            prompt=config.sampler.max_prompt,
+            response=config.sampler.max_response,
+        )
+        label = f"round {round_number} consolidate"
+        with run.progress(settings.steps, "steps", label, done=student.step) as progress:
+            while student.step < settings.steps:
+                values = _step(run, round_number, student, teacher, sampler, step_config, tx)
+                note = f"loss {values['loss']:.4f}, {values['response_tokens']:.1f} tokens/answer"
+                if student.step % settings.save_every == 0 and student.step < settings.steps:
+                    checkpoints.save(
+                        student.step,
+                        args=ocp.args.StandardSave(
+                            {"params": student.params, "state": student.state}
+                        ),
+                    )
+                progress.update(note=note)
+        checkpoints.wait_until_finished()
+        policy = run.workdir.policy(round_number)
+        if policy.exists():  # written by a run that was killed before it could record it
+            shutil.rmtree(policy)
+        # P_{r+1} is the final step, rounded to bfloat16 as in the released code (spec 8.2).
+        saved = jnp.float32 if settings.keep_fp32_master else jnp.bfloat16
+        save_model(policy, teacher_model.cfg, student.params, source=source, dtype=saved)
+        _report(run, round_number, teacher)
+    return [policy]
+
+
+def _texts(run: Run, round_number: int, model: LanguageModel) -> list[str]:
+    """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
+
+    Raises:
+      UserError: all are empty, so there is nothing to learn.
+    """
+    path = run.workdir.knowledge(round_number)
+    extract = run.config.extract
+    texts = [
+        knowledge.truncate(
+            text.strip(),
+            extract.l_max,
+            lambda piece: len(model.tokenizer.encode(piece)),
+            "v4",
+            keep=extract.truncate,
+            marker=extract.item_marker,
+        )
+        for text in read_json(path)["texts"]
+    ]
+    if not any(texts):
+        raise UserError(
+            f"{path}: all {len(texts)} knowledge texts are empty, so there is nothing to "
+            f"consolidate. Look at the extractor's answers in {path.parent}; a longer "
+            "config.extract.l_max, config.extract.version='v3' or a larger config.extract.n may "
+            "help, then run again with a new --workdir"
+        )
+    empty = [index for index, text in enumerate(texts) if not text]
+    if empty:
+        print(
+            f"knowledge of chain(s) {empty} is empty: prefixes that draw it are distilled from the "
+            "teacher without knowledge"
+        )
+    return texts
+
+
+def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        run.workdir.checkpoints(round_number),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=1, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        ),
+    )
+
+
+def _start(run: Run, source: Path, tx: Any, checkpoints: ocp.CheckpointManager) -> _Student:
+    """Float32 masters of P_r with a fresh optimizer, or the last checkpoint of this round."""
+    params = run.load(source, dtype="float32").params
+    state = jax.jit(tx.init)(params)
+    latest = checkpoints.latest_step()
+    if latest is None:
+        return _Student(params, state, 0)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        {"params": params, "state": state},
+    )
+    saved = checkpoints.restore(latest, args=ocp.args.StandardRestore(like))
+    print(f"going on from optimizer step {latest}")
+    return _Student(saved["params"], saved["state"], latest)
+
+
+def _step(
+    run: Run,
+    round_number: int,
+    student: _Student,
+    teacher: Teacher,
+    sampler: Sampler,
+    step_config: StepConfig,
+    tx: Any,
+) -> dict[str, float]:
+    """One optimizer step: rollouts, teacher and student on packed micro-batches, update."""
+    settings, number = run.config.consolidate, student.step + 1
+    began = time.monotonic()
+    samples, stopped = _rollouts(run, round_number, number, student, teacher, sampler)
+    rolled_out = time.monotonic()
+    shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
+    weights = sample_weights(samples, batches, run.config.loss.aggregation)
+    gradients = zeros_like(student.params)
+    total = None
+    for text, rows in batches:
+        batch = put_batch(run.mesh, fill(samples, weights, rows, shape))
+        cache = teacher.prefix(text).cache
+        gradients, sums = accumulate(
+            gradients, student.params, teacher.model.params, cache, batch, step=step_config
+        )
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    student.params, student.state, done = update(
+        student.params, student.state, gradients, tx=tx, clip_norm=settings.clip_norm
+    )
+    student.step = number
+    total, done = jax.device_get((total, done))
+    seconds = {"rollout": rolled_out - began, "update": time.monotonic() - rolled_out}
+    return _log(run, round_number, number, samples, stopped, total, done, seconds, shape, batches)
+
+
+def _rollouts(
+    run: Run,
+    round_number: int,
+    number: int,
+    student: _Student,
+    teacher: Teacher,
+    sampler: Sampler,
+) -> tuple[list[Sample], int]:
+    """The student's answers to all prefixes of the step, each with its knowledge text drawn."""
+    settings = run.config.consolidate
+    path = run.workdir.deploy_games(round_number, number)
+    batch = prefixes(read(path))
+    if settings.drop_remainder:
+        batch = batch[: len(batch) - len(batch) % settings.drop_remainder]
+    _check_ids(path, batch, teacher.model)
+    rng = random.Random(number + 1000 * round_number)
+    drawn = [rng.choice(range(len(teacher.texts))) for _ in batch]
+    requests = [
+        Request(
+            prefix.prompt_ids,
+            run.key("consolidate", round_number, number, index),
+            run.config.sampler.max_response,
+        )
+        for index, prefix in enumerate(batch)
+    ]
+    # The sampler reads the trainer's own arrays; in bfloat16, one cast of them.
+    weights = student.params
+    if run.config.model.dtype != "float32":
+        weights = cast(student.params, DTYPES[run.config.model.dtype])
+    answers = sampler.generate(weights, requests)
+    samples = []
+    for prefix, text, answer in zip(batch, drawn, answers, strict=True):
+        teacher.prepare(text, [other.prompt for other in batch[:16]])
+        shared, suffix = teacher.split(text, prefix.prompt)
+        samples.append(
+            Sample(prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text)
+        )
+    return samples, sum(answer.stopped for answer in answers)
+
+
+def _check_ids(path: Path, batch: list[Prefix], model: LanguageModel) -> None:
+    """Ids come from a file: refuse what this model cannot have read."""
+    highest = max((max(prefix.prompt_ids) for prefix in batch), default=0)
+    if highest >= model.cfg.vocab_size:
+        raise UserError(
+            f"{path}: prompt id {highest} does not exist in {model.directory} (vocabulary "
+            f"{model.cfg.vocab_size}); the trajectories come from another model: deploy this one"
+        )
+
+
+def _log(run, round_number, number, samples, stopped, total: Sums, done, seconds, shape, batches):
+    """Metrics of one step (spec 8.6 and design 7)."""
+    count = float(total.tokens)
+    tokens = int(sum(len(s.response) for s in samples))
+    values = {
+        "loss": float(total.loss),
+        "kl": (float(total.kl), count),
+        "mass_topk": (float(total.mass), count),
+        "student_entropy": (float(total.student_entropy), count),
+        "teacher_entropy": (float(total.teacher_entropy), count),
+        "grad_norm": float(done.grad_norm),
+        "skipped": float(done.skipped),
+        "prefixes": float(len(samples)),
+        "response_tokens": (tokens - stopped, len(samples)),
+        "cut_off": (len(samples) - stopped, len(samples)),
+        "micro_batches": float(len(batches)),
+    }
+    settings = run.config.consolidate
+    if settings.temperature == run.config.loss.temperature:
+        values["log_prob_gap"] = (float(total.log_prob_gap), count)
+    read_tokens = sum(s.student_length + s.teacher_length for s in samples)
+    slots = 2 * shape.rows * shape.tokens * len(batches)
+    timing = {
+        "rollout_seconds": seconds["rollout"],
+        "update_seconds": seconds["update"],
+        "response_tokens_per_second": tokens / max(seconds["rollout"], 1e-9),
+        "trained_tokens_per_second": read_tokens / max(seconds["update"], 1e-9),
+        "packing": read_tokens / slots,
+    }
+    run.metrics.scalars("consolidate", number, values, round=round_number, time_values=timing)
+    if done.skipped:
+        print(f"step {number}: the gradient norm is not finite; the update was skipped")
+    return {"loss": float(total.loss), "response_tokens": (tokens - stopped) / len(samples)}
+
+
+def _report(run: Run, round_number: int, teacher: Teacher) -> None:
+    """A short table: how the loss moved, and what the prefix cache held."""
+    rows = [
+        row["values"] | {"step": row["step"]}
+        for row in read_metrics(run.workdir.metrics_file)
+        if (row["stage"], row["round"]) == ("consolidate", round_number)
+    ]
+    shown = [rows[0], rows[len(rows) // 2], rows[-1]] if len(rows) > 2 else rows
+    names = ["loss", "mass_topk", "student_entropy", "response_tokens", "grad_norm"]
+    print(
+        table(
+            [[row["step"], *(f"{row[name]:.4g}" for name in names)] for row in shown],
+            ["step", "loss", "top-k mass", "entropy", "tokens/answer", "grad norm"],
+        )
+    )
+    held = teacher.encoded
+    print(
+        f"teacher prefixes: {len(held)} encoded once this round, "
+        f"{sum(len(p.ids) for p in held)} tokens, {cache_bytes(held) / 1e6:.1f} MB"
+    )

@@ -1,0 +1,263 @@
+"""User side of a round: the deployed policy plays, and its games become trajectories.
+
+Two disjoint collections are made with the same frozen policy (paper Algorithm 1): games for
+knowledge (T, one file per chain, evaluation sampling) and games whose prefixes are trained on
+(T', one file per optimizer step, plain temperature). Every game is played without knowledge.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from oel_jax import games
+from oel_jax.lm.language_model import LanguageModel
+from oel_jax.lm.sampler import Completion, Request, Sampler
+from oel_jax.lm.sampling import Sampling
+from oel_jax.metrics import Progress, table
+from oel_jax.prompts import play_prompt
+from oel_jax.run import Run, sampling
+from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn
+
+
+@dataclass(frozen=True)
+class Job:
+    """One game to be played.
+
+    Attributes:
+      seed: board.
+      knowledge: text for the prompt; '' plays without.
+      key: (purpose, parts...) the randomness of the game depends on.
+      chain: chain seed index for evaluation and extraction games, None for deploy games.
+      tag: for the caller.
+    """
+
+    seed: int
+    key: tuple[object, ...]
+    knowledge: str = ""
+    chain: int | None = None
+    tag: object = None
+
+
+@dataclass
+class Played:
+    """A finished game.
+
+    Attributes:
+      tokens: response tokens per turn, the stop token not counted (spec 9.1).
+    """
+
+    job: Job
+    game: games.Game
+    turns: list[Turn]
+    tokens: list[int]
+
+
+class _Seat:
+    """A game in progress: makes the next request, takes the response."""
+
+    def __init__(self, run: Run, model: LanguageModel, job: Job):
+        self._run, self._model = run, model
+        game = games.make(run.config.game.name, job.seed, run.config.game.layout)
+        self.played = Played(job, game, [], [])
+
+    def request(self) -> Request:
+        """The prompt of the current turn."""
+        played, run = self.played, self._run
+        self._prompt = play_prompt(played.game.situation(), played.job.knowledge)
+        self._observation = played.game.observation()
+        thinking = run.config.model.thinking
+        self._ids = self._model.tokenizer.chat(self._prompt, thinking=thinking)
+        job = played.job
+        parts = (*job.key, job.seed, played.game.turns)
+        key = run.key(*parts) if job.chain is None else run.chain_key(job.chain, *parts)
+        return Request(self._ids, key, run.config.sampler.max_response, self)
+
+    def respond(self, done: Completion) -> None:
+        """Let the model's response act on the game and record the turn."""
+        text = self._model.tokenizer.decode(done.ids)
+        action = self.played.game.step(text)
+        self.played.turns.append(
+            Turn(self._prompt, self._ids, text, done.ids, action, self._observation)
+        )
+        self.played.tokens.append(len(done.ids) - done.stopped)
+
+
+def play(
+    run: Run,
+    model: LanguageModel,
+    sampler: Sampler,
+    jobs: Iterable[Job],
+    seats: int,
+    progress: Progress,
+) -> Iterator[Played]:
+    """Play games, `seats` at a time, and yield each as it ends (in no particular order).
+
+    A game whose turn is answered takes its next turn at once; it does not wait for the others.
+    """
+    waiting = iter(jobs)
+
+    def sit() -> Iterator[Request]:
+        for job in waiting:
+            yield _Seat(run, model, job).request()
+
+    newcomers = sit()
+    sampler.submit(islice(newcomers, seats))
+    while sampler.busy:
+        for done in sampler.poll(model.params):
+            seat = done.tag
+            seat.respond(done)
+            if not seat.played.game.done:
+                sampler.submit([seat.request()])
+                continue
+            progress.update()
+            yield seat.played
+            sampler.submit(islice(newcomers, 1))
+
+
+def in_order(played: Iterable[Played], jobs: Iterable[Job]) -> Iterator[Played]:
+    """The same games in the order of `jobs`, so that files do not depend on who finishes first."""
+    waiting: dict[int, Played] = {}
+    order = iter(jobs)
+    following = next(order, None)
+    for game in played:
+        waiting[id(game.job)] = game
+        while following is not None and id(following) in waiting:
+            yield waiting.pop(id(following))
+            following = next(order, None)
+
+
+@dataclass(frozen=True)
+class _File:
+    """One trajectory file to be filled: which games belong into it."""
+
+    path: Path
+    seeds: list[int]
+    chain: int | None = None
+    step: int | None = None
+
+
+def deploy(run: Run, round_number: int) -> list[Path]:
+    """Collect T and T' of a round; returns the files. Finished games are not played again."""
+    config, workdir = run.config, run.workdir
+    model = run.policy(round_number)
+    extraction = games.extraction_seeds(round_number, config.extract.n_run)
+    chains = 1 if config.extract.trajectories == "shared" else config.extract.chains
+    knowledge_files = [
+        _File(workdir.extract_games(round_number, chain), extraction, chain=chain)
+        for chain in range(chains)
+    ]
+    prefix_files = [
+        _File(
+            workdir.deploy_games(round_number, step),
+            games.deploy_seeds(round_number, step, config.deploy.games_per_step),
+            step=step,
+        )
+        for step in range(1, config.consolidate.steps + 1)
+    ]
+    rows = []
+    for purpose, files, how in (
+        ("extract", knowledge_files, sampling(config.extract)),
+        ("deploy", prefix_files, sampling(config.deploy)),
+    ):
+        rows.append(_collect(run, model, round_number, purpose, files, how))
+    print(table(rows, ["games for", "games", "prefixes", "turns/game", "tokens/turn", "cut off"]))
+    return [file.path for file in knowledge_files + prefix_files]
+
+
+def _collect(
+    run: Run,
+    model: LanguageModel,
+    round_number: int,
+    purpose: str,
+    files: list[_File],
+    how: Sampling,
+) -> list[object]:
+    """Play what is missing of one collection, file by file in order; returns a table row."""
+    config = run.config
+    files[0].path.parent.mkdir(parents=True, exist_ok=True)
+    jobs: list[Job] = []
+    before: list[Trajectory] = []
+    for file in files:
+        finished: list[Trajectory] = []
+        if file.path.exists():
+            with TrajectoryWriter(file.path) as writer:
+                finished = writer.finished
+        before += finished
+        have = {game.seed for game in finished}
+        parts = (purpose, round_number) if file.chain is None else (purpose, round_number, "game")
+        jobs += [
+            Job(seed, parts, chain=file.chain, tag=file) for seed in file.seeds if seed not in have
+        ]
+    total = sum(len(file.seeds) for file in files)
+    label = f"round {round_number} deploy: games for {_PURPOSE[purpose]}"
+    stats = np.zeros(4, np.int64)  # games, turns, response tokens, responses cut off
+    for game in before:
+        stats += _count(game.turns, model.tokenizer.stop_ids)
+    with run.progress(total, "games", label, done=len(before)) as progress:
+        if jobs:
+            slots = min(config.sampler.slots, len(jobs))
+            sampler = run.sampler(
+                model,
+                how,
+                prompt=config.sampler.max_prompt,
+                response=config.sampler.max_response,
+                slots=slots,
+            )
+            games_played = in_order(play(run, model, sampler, jobs, slots, progress), jobs)
+            _write(run, round_number, purpose, games_played, stats, model)
+    count, turns, tokens, cut = (int(value) for value in stats)
+    run.metrics.scalars(
+        "deploy",
+        round_number,
+        {
+            f"{purpose}_turns": (turns, count),
+            f"{purpose}_response_tokens": (tokens, turns),
+            f"{purpose}_cut_off": (cut, turns),
+        },
+        round=round_number,
+    )
+    shares = f"{turns / count:.2f}", f"{tokens / turns:.1f}", f"{cut / turns:.1%}"
+    return [_PURPOSE[purpose], count, turns, *shares]
+
+
+_PURPOSE = {"extract": "knowledge", "deploy": "prefixes"}
+
+
+def _write(run, round_number, purpose, games_played, stats, model) -> None:
+    """Append games to their files as they come; one file is open at a time."""
+    writer, current = None, None
+    try:
+        for played in games_played:
+            file: _File = played.job.tag
+            if file is not current:
+                if writer is not None:
+                    writer.close()
+                writer, current = TrajectoryWriter(file.path, sync_every=64), file
+            writer.write(
+                Trajectory(
+                    game=run.config.game.name,
+                    seed=played.job.seed,
+                    policy=f"round_{round_number - 1:03d}",
+                    round=round_number,
+                    purpose=purpose,
+                    chain=file.chain,
+                    step=file.step,
+                    turns=played.turns,
+                    outcome=played.game.outcome(),
+                )
+            )
+            stats += _count(played.turns, model.tokenizer.stop_ids)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _count(turns: Iterable[Turn], stop_ids: tuple[int, ...]) -> np.ndarray:
+    """[1, turns, response tokens without the stop token, responses cut off] of one game."""
+    turns = list(turns)
+    stopped = [turn.response_ids[-1] in stop_ids for turn in turns]
+    tokens = sum(len(turn.response_ids) for turn in turns) - sum(stopped)
+    return np.array([1, len(turns), tokens, len(turns) - sum(stopped)], np.int64)

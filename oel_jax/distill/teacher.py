@@ -1,0 +1,114 @@
+"""The frozen teacher: its prompts, and the knowledge prefixes it encodes once per round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from oel_jax.distill.packing import round_up
+from oel_jax.lm.language_model import LanguageModel
+from oel_jax.lm.model import KeyValues, Params, forward
+from oel_jax.parallel.mesh import put_batch
+from oel_jax.prompts import with_knowledge
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of leading ids two sequences share."""
+    limit = min(len(first), len(second))
+    differ = np.flatnonzero(np.asarray(first[:limit]) != np.asarray(second[:limit]))
+    return int(differ[0]) if differ.size else limit
+
+
+@dataclass(frozen=True)
+class KnowledgePrefix:
+    """The encoded beginning of every teacher prompt that carries one knowledge text.
+
+    Attributes:
+      ids: the tokens it stands for. It is cut at a token, not at a string boundary: whatever BPE
+        does where the knowledge ends, `ids` begins every prompt it was made from.
+      cache: their keys and values, [L, K, P, H]; P may exceed len(ids), the rest is never seen.
+    """
+
+    ids: tuple[int, ...]
+    cache: KeyValues
+
+
+class Teacher:
+    """P_r with knowledge in its prompt.
+
+    `prefix(k)` is encoded when text k is first needed and then kept for the whole round. A prompt
+    that happens to share only a part of it uses that part, so caching never changes a result.
+    """
+
+    def __init__(
+        self, model: LanguageModel, texts: Sequence[str], *, thinking: bool, block: int = 512
+    ):
+        self.model, self.texts = model, list(texts)
+        self._thinking, self._block = thinking, block
+        self._prefixes: dict[int, KnowledgePrefix] = {}
+
+    @property
+    def encoded(self) -> list[KnowledgePrefix]:
+        """The prefixes encoded so far."""
+        return list(self._prefixes.values())
+
+    def prompt(self, text: int, prompt: str) -> list[int]:
+        """Teacher prompt ids: the student's user text with text number `text` in it."""
+        return self.model.tokenizer.chat(
+            with_knowledge(prompt, self.texts[text]), thinking=self._thinking
+        )
+
+    def split(self, text: int, prompt: str) -> tuple[int, list[int]]:
+        """(positions of the prefix that this prompt shares, its remaining ids, at least one)."""
+        ids = self.prompt(text, prompt)
+        shared = min(common_prefix(ids, self._prefixes[text].ids), len(ids) - 1)
+        return shared, ids[shared:]
+
+    def prefix(self, text: int) -> KnowledgePrefix:
+        """The encoded prefix of a text; `prepare` must have been called for it."""
+        return self._prefixes[text]
+
+    def prepare(self, text: int, examples: Sequence[str]) -> None:
+        """Encode the prefix of a text, once; `examples` are prompts that it will serve."""
+        if text in self._prefixes:
+            return
+        prompts = [self.prompt(text, example) for example in dict.fromkeys(examples)]
+        length = min(
+            min(common_prefix(prompts[0], other) for other in prompts), len(prompts[0]) - 1
+        )
+        ids = tuple(prompts[0][:length])
+        self._prefixes[text] = KnowledgePrefix(ids, self._encode(ids))
+
+    def _encode(self, ids: Sequence[int]) -> KeyValues:
+        mesh = self.model.mesh
+        rows = mesh.shape["fsdp"]  # every device row encodes the same text: a batch it can split
+        width = round_up(len(ids))
+        tokens = np.zeros((rows, width), np.int32)
+        tokens[:, : len(ids)] = ids
+        positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+        segments = (positions < len(ids)).astype(np.int32)
+        with jax.set_mesh(mesh):
+            batch = put_batch(mesh, (tokens, positions, segments))
+            return _encode(self.model.cfg, self.model.params, *batch, block=self._block)
+
+
+@partial(jax.jit, static_argnames=("cfg", "block"))
+def _encode(cfg, params: Params, tokens, positions, segments, *, block: int) -> KeyValues:
+    _, cache = forward(
+        cfg, params, tokens, positions, segments, block=block, with_cache=True
+    )
+    first = jax.P(None, None, "tp", None, None)
+    return KeyValues(
+        *(
+            (leaf if jax.sharding.get_abstract_mesh().empty else jax.reshard(leaf, first))[:, 0]
+            for leaf in cache
+        )
+    )
+
+
+def cache_bytes(prefixes: Sequence[KnowledgePrefix]) -> int:
+    """Bytes that the encoded prefixes hold."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for p in prefixes for leaf in p.cache)

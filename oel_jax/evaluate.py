@@ -1,0 +1,150 @@
+"""How good a policy is at the game: pass rate with an interval, response length, floor and ceiling.
+
+Each held-out board is played once per evaluation seed with a key of its own. The interval clusters
+by board, since Frozen Lake's 128 maps are only 19 boards (spec 3.3 and 9.1). A second rate covers
+the boards that no deploy game of any round so far has shown.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oel_jax import games
+from oel_jax.config import play_budget
+from oel_jax.deploy import Job, Played, in_order, play
+from oel_jax.lm.language_model import LanguageModel
+from oel_jax.prompts import play_prompt
+from oel_jax.run import Run, sampling
+from oel_jax.statistics import board_clustered_interval
+from oel_jax.workdir import read_json, write_json
+
+
+def evaluate(
+    run: Run,
+    model: LanguageModel,
+    file: Path,
+    *,
+    round_number: int,
+    label: str,
+    name: str,
+    texts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Play maps x seeds games and write the result to `file`; returns it.
+
+    Args:
+      name: what is evaluated; together with the round it separates the random streams.
+      texts: knowledge in context; seed i plays with text i mod K. Empty: without knowledge.
+
+    Finished games are kept beside the result while it runs, so nothing is played twice.
+    """
+    if file.exists():
+        return read_json(file)
+    config = run.config.evaluate
+    boards = games.heldout_seeds(config.maps)
+    jobs = [
+        Job(
+            seed,
+            ("evaluate", round_number, name, index),
+            knowledge=texts[index % len(texts)] if texts else "",
+            chain=index,
+            tag=(index, column),
+        )
+        for index in range(config.seeds)
+        for column, seed in enumerate(boards)
+    ]
+    log = file.with_suffix(".games.jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    records = _recover(log)
+    left = jobs[len(records) :]
+    with run.progress(len(jobs), "games", label, done=len(records)) as progress:
+        if left:
+            slots = min(run.config.sampler.slots, len(left))
+            prompt, response = play_budget(run.config, False)
+            if texts:
+                prompt += _knowledge_tokens(model, texts)
+            sampler = run.sampler(
+                model, sampling(config), prompt=prompt, response=response, slots=slots
+            )
+            with log.open("a", encoding="utf-8") as out:
+                for played in in_order(play(run, model, sampler, left, slots, progress), left):
+                    records.append(_record(played))
+                    out.write(json.dumps(records[-1]) + "\n")
+                    out.flush()
+    result = _summarise(run, records, round_number)
+    write_json(file, result)
+    log.unlink(missing_ok=True)
+    return result
+
+
+def _knowledge_tokens(model: LanguageModel, texts: Sequence[str]) -> int:
+    """What the longest text adds to a prompt, with a margin for merges at its ends."""
+    empty = len(model.tokenizer.encode(play_prompt("\n")))
+    longest = max(len(model.tokenizer.encode(play_prompt("\n", text))) for text in texts)
+    return longest - empty + 16
+
+
+def _record(played: Played) -> dict[str, Any]:
+    index, column = played.job.tag
+    return {
+        "seed_index": index,
+        "map": column,
+        "board": played.game.board_id(),
+        "passed": played.game.passed,
+        "tokens": played.tokens,
+    }
+
+
+def _recover(log: Path) -> list[dict[str, Any]]:
+    """Games of an interrupted evaluation, in order; a torn last line is dropped."""
+    if not log.exists():
+        return []
+    lines = log.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        log.write_bytes(b"".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def _seen_boards(run: Run, round_number: int) -> set[str]:
+    """Boards of all deploy games up to and including this round."""
+    seen: set[str] = set()
+    for number in range(1, round_number + 1):
+        for step in range(1, run.config.consolidate.steps + 1):
+            seeds = games.deploy_seeds(number, step, run.config.deploy.games_per_step)
+            seen.update(games.board_ids(run.config.game.name, seeds))
+    return seen
+
+
+def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> dict[str, Any]:
+    """Pass rates as fractions, intervals, lengths; the raw outcomes stay for later analysis."""
+    config = run.config.evaluate
+    shape = (config.seeds, config.maps)
+    passes = np.array([record["passed"] for record in records]).reshape(shape)
+    boards = [record["board"] for record in records[: config.maps]]
+    mean, low, high = board_clustered_interval(passes, boards)
+    turns = [len(record["tokens"]) for record in records]
+    result: dict[str, Any] = {
+        "pass_rate": mean,
+        "ci95": [low, high],
+        "response_tokens": float(sum(sum(r["tokens"]) for r in records) / sum(turns)),
+        "turns": float(np.mean(turns)),
+        "games": len(records),
+        "boards": len(set(boards)),
+        "per_seed": passes.mean(axis=1).tolist(),
+    }
+    limits = games.bounds(run.config.game.name)
+    if limits is not None:
+        result |= {"random_policy": limits.floor, "perfect_play": limits.ceiling}
+    if config.unseen_split:
+        seen = _seen_boards(run, round_number)
+        unseen = [column for column, board in enumerate(boards) if board not in seen]
+        result["unseen"] = {"maps": len(unseen)}
+        if unseen:
+            mean, low, high = board_clustered_interval(
+                passes[:, unseen], [boards[column] for column in unseen]
+            )
+            result["unseen"] |= {"pass_rate": mean, "ci95": [low, high]}
+    return result

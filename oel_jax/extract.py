@@ -1,0 +1,214 @@
+"""Server side: knowledge from trajectories (paper Eq. 1, spec section 6).
+
+K chains accumulate in lock-step. At step i the extractor reads the i-th game of each chain (and,
+if configured, the chain's knowledge so far), and what it writes is appended:
+
+    e'_i ~ pi_extract(. | tau_i, e_{i-1})        e_i = [e_{i-1}; e'_i]
+
+Where the extractor does not see previous knowledge, all calls are independent and several steps
+are generated as one batch. The text after every step is a file of its own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oel_jax import knowledge, prompts
+from oel_jax.config import extraction_template, extractor_budget
+from oel_jax.lm.huggingface import resolve
+from oel_jax.lm.language_model import LanguageModel, bundled
+from oel_jax.lm.sampler import Completion, Request
+from oel_jax.metrics import table
+from oel_jax.run import Run, sampling
+from oel_jax.trajectories import Trajectory, read
+from oel_jax.workdir import read_json, write_json
+
+
+@dataclass
+class _Chain:
+    """One chain: its games and its knowledge so far."""
+
+    number: int
+    games: list[Trajectory]
+    text: str = ""
+    done: int = 0
+
+
+def extract(run: Run, round_number: int) -> list[Path]:
+    """Grow the K texts of a round; returns the files. Finished steps are not done again."""
+    config = run.config.extract
+    directory = resolve(bundled(config.model_path)) if config.model_path else None
+    extractor = run.load(directory) if directory else run.policy(round_number)
+    chains = [_open_chain(run, round_number, number) for number in range(config.chains)]
+    longest_prompt, budget = extractor_budget(run.config)
+    # Steps generated together: one while a step needs the text of the last.
+    width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
+    sampler = run.sampler(
+        extractor,
+        sampling(config),
+        prompt=longest_prompt,
+        response=budget,
+        slots=width * config.chains,
+    )
+    first = min(chain.done for chain in chains)
+    label = f"round {round_number} extract: calls of {config.chains} chains"
+    done = sum(chain.done for chain in chains)
+    with run.progress(config.n_run * len(chains), "calls", label, done=done) as progress:
+        for start in range(first + 1, config.n_run + 1, width):
+            steps = range(start, min(start + width, config.n_run + 1))
+            requests = [
+                _request(run, extractor, round_number, chain, step)
+                for chain in chains
+                for step in steps
+                if step > chain.done
+            ]
+            for answer in sampler.generate(extractor.params, requests):
+                chain, step = answer.tag
+                _absorb(run, extractor, round_number, chain, step, answer)
+                progress.update()
+            _log(run, round_number, steps)
+    return _finish(run, round_number, extractor)
+
+
+def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
+    """A chain's games, and the text of its last finished step."""
+    config = run.config.extract
+    source = 0 if config.trajectories == "shared" else number
+    games = read(run.workdir.extract_games(round_number, source))[: config.n_run]
+    chain = _Chain(number, games)
+    while chain.done < config.n_run:
+        file = run.workdir.knowledge_step(round_number, number, chain.done + 1)
+        if not file.exists():
+            break
+        chain.text = read_json(file)["text"]
+        chain.done += 1
+    return chain
+
+
+def _request(
+    run: Run, extractor: LanguageModel, round_number: int, chain: _Chain, step: int
+) -> Request:
+    """The extractor call of one step (spec 6.1 steps 3 to 5)."""
+    config = run.config.extract
+    game = chain.games[step - 1]
+    history = prompts.extraction_history(
+        [(turn.observation, turn.response) for turn in game.turns],
+        game.outcome,
+        outcome_mode=config.outcome,
+    )
+    text = prompts.extraction_prompt(
+        history,
+        chain.text if config.previous else "",
+        version=config.version,
+        template=extraction_template(run.config),
+    )
+    ids = extractor.tokenizer.chat(text, thinking=run.config.model.thinking)
+    key = run.chain_key(chain.number, "extractor", round_number, step)
+    return Request(ids, key, extractor_budget(run.config)[1], (chain, step))
+
+
+def _absorb(
+    run: Run,
+    extractor: LanguageModel,
+    round_number: int,
+    chain: _Chain,
+    step: int,
+    answer: Completion,
+) -> None:
+    """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9)."""
+    config = run.config.extract
+    response = extractor.tokenizer.decode(answer.ids)
+    stripped, finished = knowledge.strip_thought(response, config.unfinished_thought)
+    parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
+    text = knowledge.append(chain.text, parsed)
+    chain.text = knowledge.truncate(
+        text,
+        config.l_max,
+        lambda piece: len(extractor.tokenizer.encode(piece)),
+        config.version,
+        keep=config.truncate,
+        marker=config.item_marker,
+    )
+    chain.done = step
+    write_json(
+        run.workdir.knowledge_step(round_number, chain.number, step),
+        {
+            "chain": chain.number,
+            "step": step,
+            "text": chain.text,
+            "parsed": parsed,
+            "response": response,
+            "thought_finished": finished,
+            "stopped": answer.stopped,
+            "response_tokens": len(answer.ids) - answer.stopped,
+            "knowledge_tokens": len(extractor.tokenizer.encode(chain.text)),
+        },
+    )
+
+
+def _records(run: Run, round_number: int, step: int) -> list[dict]:
+    """The saved step of all chains."""
+    return [
+        read_json(run.workdir.knowledge_step(round_number, chain, step))
+        for chain in range(run.config.extract.chains)
+    ]
+
+
+def _log(run: Run, round_number: int, steps: range) -> None:
+    for step in steps:
+        records = _records(run, round_number, step)
+        count = len(records)
+        run.metrics.rewind("extract", round_number, step - 1)
+        run.metrics.scalars(
+            "extract",
+            step,
+            {
+                "knowledge_tokens": (sum(r["knowledge_tokens"] for r in records), count),
+                "response_tokens": (sum(r["response_tokens"] for r in records), count),
+                "unfinished_thoughts": (sum(not r["thought_finished"] for r in records), count),
+                "nothing_parsed": (sum(not r["parsed"] for r in records), count),
+            },
+            round=round_number,
+        )
+
+
+def _finish(run: Run, round_number: int, extractor: LanguageModel) -> list[Path]:
+    """Write the pool of texts after n steps and a short table."""
+    config, workdir = run.config.extract, run.workdir
+    used = _records(run, round_number, config.n)
+    texts = [record["text"] for record in used]
+    pool = workdir.knowledge(round_number)
+    write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
+    rows = []
+    calls = 0
+    unfinished = 0
+    for record in used:
+        chain = record["chain"]
+        steps = [
+            read_json(workdir.knowledge_step(round_number, chain, step))
+            for step in range(1, config.n + 1)
+        ]
+        calls += len(steps)
+        unfinished += sum(not step["thought_finished"] for step in steps)
+        lines = [line for line in record["text"].split("\n") if line.strip()]
+        example = lines[-1] if lines else "(empty)"
+        tokens = record["knowledge_tokens"]
+        rows.append([chain, len(lines), tokens, example[:72]])
+        run.metrics.text(f"knowledge/chain_{chain:02d}", config.n, record["text"], "extract",
+                         round_number)
+    print(table(rows, ["chain", "lines", "tokens", "newest line"]))
+    if unfinished:
+        what = "dropped" if config.unfinished_thought == "drop" else "kept as knowledge"
+        print(
+            f"{unfinished} of {calls} extractor calls did not finish their thought within "
+            f"config.extract.l_max={config.l_max} tokens; it was {what} "
+            f"(config.extract.unfinished_thought)"
+        )
+    empty = sum(not text for text in texts)
+    if empty:
+        print(f"{empty} of {len(texts)} knowledge texts are empty")
+    files = [
+        workdir.knowledge_step(round_number, chain, step)
+        for chain in range(config.chains)
+        for step in range(1, config.n_run + 1)
+    ]
+    return [pool, *files]

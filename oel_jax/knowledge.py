@@ -1,0 +1,130 @@
+"""Knowledge texts: reading them out of an extractor's answer, accumulating and truncating them.
+
+A knowledge text is plain text. Template versions differ in what an item is (spec 6.2):
+
+    v4, v1   a line that begins with the marker `- EXPERIENCE ITEM:`
+    v2       a line that begins with `- `
+    v3, v5   no items: the whole answer counts, and in truncation every line stands for itself
+
+Lines end at "\\n" and nowhere else: other Unicode line separators are part of a line.
+Nothing here imports JAX; token counts come in as a function.
+"""
+
+from collections.abc import Callable
+
+from .errors import UserError
+
+MARKER = "- EXPERIENCE ITEM:"
+VERSIONS = ("v1", "v2", "v3", "v4", "v5")
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+def _check_version(version: str) -> None:
+    if version not in VERSIONS:
+        raise UserError(f"extract.version must be one of {', '.join(VERSIONS)}; got {version!r}")
+
+
+def _starts_item(line: str, version: str, marker: str) -> bool:
+    if version in ("v3", "v5"):
+        return True
+    return line.strip().startswith("- " if version == "v2" else marker)
+
+
+def strip_thought(
+    text: str, unfinished: str = "drop", *, opened: bool = False
+) -> tuple[str | None, bool]:
+    """Separate an extractor's answer from its thought (spec 6.1, step 6; 12, row 8).
+
+    Args:
+        text: the decoded answer, special tokens dropped, `<think>` and `</think>` kept.
+        unfinished: what becomes of an answer whose thought was cut off by the token limit: 'drop'
+            it (the paper: knowledge is the answer part only) or 'keep' the raw thought (released
+            code).
+        opened: the prompt itself already ended in `<think>`, so an answer without `</think>` is an
+            unfinished thought even though it shows no `<think>`.
+
+    Returns:
+        (the part behind the last `</think>`, or the whole text where there was no thought; None
+        when an unfinished thought is dropped; and whether the thought was finished).
+    """
+    if unfinished not in ("drop", "keep"):
+        raise UserError(f"extract.unfinished_thought must be 'drop' or 'keep'; got {unfinished!r}")
+    _, closed, answer = text.rpartition(_CLOSE)  # without a `</think>` the answer is the whole text
+    finished = _OPEN not in answer and (bool(closed) or not opened)
+    return (answer if finished or unfinished == "keep" else None), finished
+
+
+def parse(text: str, version: str, marker: str = MARKER) -> str:
+    """The knowledge in an answer (spec 6.2); '' when there is none.
+
+    v4: every line that holds the marker is split at it; what stands before the first marker is
+    lost, each non-blank rest becomes an item, and continuation lines are lost. v3: the stripped
+    text.
+
+    Raises UserError for an unknown version or an empty marker.
+    """
+    _check_version(version)
+    if not marker.strip():
+        raise UserError("extract.item_marker must not be blank")
+    if version in ("v3", "v5"):
+        return text.strip()
+    lines = text.split("\n")
+    if version == "v2":
+        stripped = (line.strip() for line in lines)
+        return "\n".join(line for line in stripped if line.startswith("- "))
+    items = (piece for line in lines for piece in line.split(marker)[1:] if piece.strip())
+    return "\n".join((marker + piece).rstrip() for piece in items).strip()
+
+
+def append(knowledge: str, parsed: str) -> str:
+    """Accumulated knowledge with `parsed` as its new last lines (spec 6.1, step 7)."""
+    return f"{knowledge}\n{parsed}" if knowledge and parsed else knowledge or parsed
+
+
+def truncate(
+    knowledge: str,
+    l_max: int,
+    count: Callable[[str], int],
+    version: str,
+    keep: str = "tail",
+    marker: str = MARKER,
+) -> str:
+    """Cut a knowledge text to at most `l_max` tokens at line borders (spec 6.3).
+
+    A text that fits as a whole comes back unchanged. Otherwise keep='tail' keeps the newest lines:
+    it walks back from the last line, stops at the first item start that overflows, skips
+    overflowing continuation lines, and drops kept lines before the first item start. A last line
+    that alone is longer than `l_max` therefore leaves the empty string. keep='head' keeps the
+    oldest lines instead: all lines before the first one that overflows.
+
+    Lines are counted one by one, each with its newline, so the result may be a little shorter than
+    necessary.
+
+    Args:
+        count: number of tokens of a text, without special tokens.
+
+    Raises:
+        UserError: unknown version or keep, or an `l_max` that is not a positive integer.
+    """
+    _check_version(version)
+    if keep not in ("tail", "head"):
+        raise UserError(f"extract.truncate must be 'tail' or 'head'; got {keep!r}")
+    if isinstance(l_max, bool) or not isinstance(l_max, int) or l_max < 1:
+        raise UserError(f"extract.l_max must be a positive integer; got {l_max!r}")
+    if count(knowledge) <= l_max:
+        return knowledge
+    lines = knowledge.split("\n")
+    kept: list[str] = []
+    used = 0
+    for line in lines if keep == "head" else reversed(lines):
+        cost = count(line + "\n")
+        if used + cost <= l_max:
+            kept.append(line)
+            used += cost
+        elif keep == "head" or not kept or _starts_item(line, version, marker):
+            break
+    if keep == "head":
+        return "\n".join(kept)
+    kept.reverse()
+    starts = (i for i, line in enumerate(kept) if _starts_item(line, version, marker))
+    return "\n".join(kept[next(starts, 0) :])

@@ -1,0 +1,1 @@
+"""The language model: config, decoder, Hugging Face in and out, tokenizer, sampler."""

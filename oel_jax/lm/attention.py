@@ -1,0 +1,110 @@
+"""Attention over one or several sources of keys and values.
+
+A query may look at its own sequence, at a cache, and at a knowledge prefix that many rows share.
+Each of these is a `Source`; one softmax runs over all of them, so attending to a cached prefix and
+then to oneself equals attending to the concatenated sequence. A shared source has no batch axis:
+nothing is copied per row.
+
+The scores are computed in query blocks, so that memory stays at [B, N, block, S].
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -1e30  # finite, so that a padding row (nothing visible) stays finite
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values, and which of them a query may see.
+
+    Attributes:
+      keys, values: [B, K, S, H], or [K, S, H] when all rows share them.
+      limit: [B, T]; query t of row b sees entries with index <= limit[b, t].
+      segments: ([B, T], [B, S]) segment ids; unequal ids do not see each other. None: all equal.
+    """
+
+    keys: Float[Array, "*B K S H"]
+    values: Float[Array, "*B K S H"]
+    limit: Int[Array, "B T"]
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None
+
+    def pad_queries(self, extra: int) -> "Source":
+        """The same source for `extra` more queries that see nothing."""
+
+        def pad(x: Array, value: int) -> Array:
+            return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
+
+        segments = self.segments and (pad(self.segments[0], -1), self.segments[1])
+        return Source(self.keys, self.values, pad(self.limit, -1), segments)
+
+    def visible(self, start: int | Array, size: int) -> Bool[Array, "B size S"]:
+        """Mask of the query block [start, start + size)."""
+        limit = jax.lax.dynamic_slice_in_dim(self.limit, start, size, axis=1)
+        mask = jnp.arange(self.keys.shape[-2])[None, None, :] <= limit[:, :, None]
+        if self.segments is None:
+            return mask
+        own = jax.lax.dynamic_slice_in_dim(self.segments[0], start, size, axis=1)
+        return mask & (own[:, :, None] == self.segments[1][:, None, :])
+
+
+def _block(q: Float[Array, "B K G T H"], sources: tuple[Source, ...], start: int | Array):
+    """One query block; returns [B, K, G, T, H]."""
+    b, kv, groups, size, dim = q.shape
+    rows = q.reshape(b, kv, groups * size, dim)
+    scores = []
+    for source in sources:
+        keys = "bksh" if source.keys.ndim == 4 else "ksh"
+        score = jnp.einsum(
+            f"bkxh,{keys}->bkxs", rows, source.keys, preferred_element_type=jnp.float32
+        ).reshape(b, kv, groups, size, -1)
+        mask = source.visible(start, size)[:, None, None]
+        scores.append(jnp.where(mask, score * dim**-0.5, _MASKED))
+    highest = scores[0].max(-1, keepdims=True)
+    for score in scores[1:]:
+        highest = jnp.maximum(highest, score.max(-1, keepdims=True))
+    highest = jax.lax.stop_gradient(highest)
+    out, total = 0.0, 0.0
+    for source, score in zip(sources, scores, strict=True):
+        weights = jnp.exp(score - highest)
+        total = total + weights.sum(-1, keepdims=True)
+        values = "bksh" if source.values.ndim == 4 else "ksh"
+        flat = weights.astype(q.dtype).reshape(b, kv, groups * size, -1)
+        part = jnp.einsum(
+            f"bkxs,{values}->bkxh", flat, source.values, preferred_element_type=jnp.float32
+        )
+        out = out + part.reshape(b, kv, groups, size, dim)
+    return (out / total).astype(q.dtype)
+
+
+def attention(
+    q: Float[Array, "B T N H"], sources: tuple[Source, ...], *, block: int = 512
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention of `q` over all `sources`, softmax in float32.
+
+    Query head n reads key/value head n // (N / K). `block` bounds the number of query positions
+    whose scores exist at one time (forward and backward).
+    """
+    b, t, n, h = q.shape
+    kv = sources[0].keys.shape[-3]
+    grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
+    if t <= block:
+        out = _block(grouped, sources, 0)
+    elif t % block:
+        # Pad the queries to whole blocks; the padding sees nothing and is cut off again.
+        extra = -t % block
+        padded = tuple(source.pad_queries(extra) for source in sources)
+        q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
+        return attention(q, padded, block=block)[:, :t]
+    else:
+        one = jax.checkpoint(
+            lambda start: _block(
+                jax.lax.dynamic_slice_in_dim(grouped, start, block, axis=3), sources, start
+            )
+        )
+        parts = jax.lax.map(one, jnp.arange(0, t, block))  # [blocks, B, K, G, block, H]
+        out = parts.transpose(1, 2, 3, 0, 4, 5).reshape(b, kv, n // kv, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

@@ -1,0 +1,423 @@
+"""Weights in and out of Hugging Face model directories.
+
+Loading, checking and saving all follow the table of `weight_table`. On loading, every device reads
+just its own slices from memory-mapped files into the stacked `[L, ...]` leaves, one leaf after the
+other, so that beside the arrays themselves the host holds at most one leaf's local slices.
+"""
+
+import functools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import numpy as np
+
+from oel_jax.errors import UserError
+from oel_jax.lm import safetensors_io
+from oel_jax.lm.config import ModelConfig, read_json
+from oel_jax.lm.model import param_shardings
+from oel_jax.lm.safetensors_io import SafetensorsFile
+from oel_jax.lm.weight_table import Layout, Weight, weights
+
+# What is copied from the source model on export, and what is wanted from the hub beside weights.
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+)
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 5_000_000_000
+# Buffers that old exporters saved although they are computed from the config.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+def load_params(
+    directory: Path,
+    cfg: ModelConfig,
+    *,
+    mesh: jax.sharding.Mesh,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Loads the weights of a model directory, each device reading its own slices.
+
+    Args:
+        directory: holds `model.safetensors`, or an index and its shards, in bf16, f16 or f32.
+        cfg: the config of that directory.
+        mesh: where the parameters go, by `param_shardings(cfg, mesh)`.
+        dtype: dtype of all leaves; rounding is to nearest even, on the host.
+
+    Returns:
+        The parameter tree (see `oel_jax.lm.model`), e.g. `layers/q` as [L, D, N, H].
+
+    Raises:
+        UserError: a file is missing or damaged, or tensors are missing, unexpected, mis-shaped or
+            of another dtype; all such tensors are named in one message.
+    """
+    directory = Path(directory)
+    shardings = param_shardings(cfg, mesh)
+    files = _open_weights(directory)
+    _check_tensors(directory, cfg, files)
+    dtype = np.dtype(dtype)
+    params: dict[str, Any] = {}
+    for weight, layout in _table(cfg):
+        read = functools.partial(_read_slices, weight, layout, files, dtype)
+        leaf = jax.make_array_from_callback(layout.leaf, _get(shardings, weight.path), read)
+        # The transfer is asynchronous and holds the host's slices; do not let leaves pile up.
+        _set(params, weight.path, jax.block_until_ready(leaf))
+    return params
+
+
+def _read_slices(
+    weight: Weight,
+    layout: Layout,
+    files: Mapping[str, SafetensorsFile],
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part `index` of a leaf as a new host array (called once per device)."""
+    names = layout.names(weight)
+    shape = [len(range(*part.indices(n))) for part, n in zip(index, layout.leaf, strict=True)]
+    out = np.empty(shape, dtype)
+    if not weight.stacked:
+        _copy(out, layout.to_ours(files[names[0]].tensor(names[0]))[index])
+        return out
+    for i, name in enumerate(names[index[0]]):
+        _copy(out[i, ...], layout.to_ours(files[name].tensor(name))[index[1:]])
+    return out
+
+
+def _copy(out: np.ndarray, view: np.ndarray) -> None:
+    """`out[...] = view` with a cast, 2-4 times faster than that for a transposed view."""
+    if view.flags.c_contiguous:
+        out[...] = view
+        return
+    block = 64  # columns of `out` are rows of the file: few enough to stay in the cache
+    for i in range(0, out.shape[-1], block):
+        out[..., i : i + block] = view[..., i : i + block]
+
+
+def _open_weights(directory: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> file, from the single file or from the index (preferred as transformers)."""
+    if (directory / _SINGLE).exists():
+        file = SafetensorsFile(directory / _SINGLE)
+        return dict.fromkeys(file.entries, file)
+    if not (directory / _INDEX).exists():
+        others = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
+        hint = f" ({', '.join(others[:3])} is not read; convert it)" if others else ""
+        raise UserError(f"{directory} has neither {_SINGLE} nor {_INDEX}{hint}")
+    placed = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
+        raise UserError(f"{directory / _INDEX} has no weight_map; download it again")
+    shards = sorted(set(placed.values()))
+    for shard in shards:
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise UserError(
+                f"{directory / _INDEX}: the shard {shard!r} lies outside the model directory; "
+                "such an index is not followed"
+            )
+    absent = [shard for shard in shards if not (directory / shard).is_file()]
+    if absent:
+        raise UserError(
+            f"{directory}: the shard {', '.join(absent)} listed in {_INDEX} is missing; "
+            "copy or download it"
+        )
+    files = {}
+    for shard in shards:
+        file = SafetensorsFile(directory / shard)
+        files |= {n: file for n in file.entries if placed.get(n, shard) == shard}
+    return files
+
+
+def _check_tensors(directory: Path, cfg: ModelConfig, files: Mapping[str, SafetensorsFile]) -> None:
+    """Compares what the files hold with what the config asks for; one `UserError` names it all."""
+    expected = {n: layout.theirs for w, layout in _table(cfg) for n in layout.names(w)}
+    present = {n for n in files if not _COMPUTED.search(n)}
+    if cfg.tie_embeddings:
+        present.discard("lm_head.weight")
+    shapes, dtypes = [], []
+    for name in expected:
+        if name not in files:
+            continue
+        dtype, shape = files[name].entries[name]
+        if shape != expected[name]:
+            shapes.append(f"{name} {list(shape)} instead of {list(expected[name])}")
+        if dtype not in safetensors_io.DTYPES:
+            dtypes.append(f"{name} {dtype}")
+    problems = {
+        "missing": [name for name in expected if name not in files],
+        "unexpected": sorted(present - expected.keys()),
+        "of the wrong shape": shapes,
+        "neither BF16, F16 nor F32": dtypes,
+    }
+    lines = [
+        f"  {len(names)} {what}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if "lm_head.weight" in problems["missing"]:
+        lines.append("  (if the model shares lm_head with the embedding, set tie_word_embeddings)")
+    if lines:
+        raise UserError(
+            "\n".join([f"{directory}: the tensors do not fit its config.json:", *lines])
+        )
+    _check_tied_head(directory, cfg, files)
+
+
+def _check_tied_head(directory: Path, cfg: ModelConfig, files: Mapping[str, SafetensorsFile]):
+    """A tied model may still carry an lm_head, but only a copy of the embedding."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if not cfg.tie_embeddings or names[1] not in files:
+        return
+    if files[names[0]].entries[names[0]] == files[names[1]].entries[names[1]]:
+        embed, head = (files[name].tensor(name).view(np.uint8) for name in names)
+        block = 4096  # rows; whole tables would be a gigabyte of temporary comparisons
+        if all(
+            np.array_equal(embed[i : i + block], head[i : i + block])
+            for i in range(0, len(embed), block)
+        ):
+            return
+    raise UserError(
+        f"{directory}: config.json says tie_word_embeddings, but lm_head.weight differs from the "
+        "embedding; set tie_word_embeddings to false (or remove the tensor)"
+    )
+
+
+def save_model(
+    directory: Path,
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    source: Path,
+    dtype: Any,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face directory that transformers loads with equal logits.
+
+    The config (with only its dtype field changed), generation config, tokenizer and chat template
+    come from `source`. Everything is written beside `directory` and renamed at the end, so that a
+    directory of that name is always complete.
+
+    Args:
+        directory: must not exist, or be empty.
+        params: parameter tree of `cfg`, any float dtype, wherever it lives on this host.
+        source: the model directory the parameters descend from.
+        dtype: bfloat16, float16 or float32.
+        shard_bytes: above this, the weights are split into several files with an index.
+
+    Raises:
+        UserError: the directory is in use or cannot be written, or the source has no config.json.
+        ValueError: the parameters do not have the shapes of `cfg`.
+    """
+    directory, source, dtype = Path(directory), Path(source), _checked_dtype(dtype)
+    config = _config_text(source, dtype)
+    with _CompleteOrNothing(directory) as partial:
+        (partial / "config.json").write_text(config, encoding="utf-8")
+        copy_carried_files(source, partial)
+        places = dict(_places(cfg, params))
+
+        def value(name: str) -> np.ndarray:
+            leaf, layer, layout = places[name]
+            array = jax.device_get(leaf if layer is None else leaf[layer])
+            return layout.to_theirs(np.asarray(array).astype(dtype))
+
+        shapes = [(name, layout.theirs) for name, (_, _, layout) in places.items()]
+        _write_weights(partial, shapes, dtype, value, shard_bytes)
+
+
+def copy_model(
+    directory: Path, *, source: Path, dtype: Any = None, shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """Copies a checked model directory, tensor by tensor where `dtype` asks for a cast.
+
+    Without `dtype` the weight files are copied byte for byte. Otherwise as `save_model`, for which
+    no parameters have to be loaded.
+
+    Raises:
+        UserError: as `load_params` for the source and as `save_model` for the target.
+    """
+    directory, source = Path(directory), Path(source)
+    cfg = ModelConfig.from_directory(source)
+    files = _open_weights(source)
+    _check_tensors(source, cfg, files)
+    wanted = None if dtype is None else _checked_dtype(dtype)
+    config = source / "config.json"
+    text = _config_text(source, wanted) if wanted else config.read_text(encoding="utf-8")
+    with _CompleteOrNothing(directory) as partial:
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        copy_carried_files(source, partial)
+        if wanted:
+            names = {n: layout.theirs for w, layout in _table(cfg) for n in layout.names(w)}
+
+            def value(name: str) -> np.ndarray:
+                return files[name].tensor(name).astype(wanted)
+
+            _write_weights(partial, list(names.items()), wanted, value, shard_bytes)
+            return
+        for path in {file.path for file in files.values()}:
+            target = partial / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        if not (source / _SINGLE).exists():
+            shutil.copyfile(source / _INDEX, partial / _INDEX)
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+    if np.dtype(dtype) not in safetensors_io.DTYPES.values():
+        raise UserError(f"a model can be saved as bfloat16, float16 or float32, not {dtype}")
+    return np.dtype(dtype)
+
+
+def copy_carried_files(source: Path, target: Path) -> None:
+    """Copies generation config, tokenizer, chat template and licence, as far as there are any."""
+    for name in CARRIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+class _CompleteOrNothing:
+    """Gives a sibling directory to fill; renames it to `directory` on success, else removes it."""
+
+    def __init__(self, directory: Path):
+        # resolve() so that '.' and 'a/..' get a real name and parent
+        self._directory = directory.resolve()
+        self._partial = self._directory.with_name(f".{self._directory.name}.partial")
+
+    def __enter__(self) -> Path:
+        target = self._directory
+        try:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise UserError(f"{target} exists and is not empty; choose another directory")
+            shutil.rmtree(self._partial, ignore_errors=True)  # of an earlier, killed run
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {target}: {error.strerror or error}") from error
+        return self._partial
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self._partial.rename(self._directory)
+            return
+        shutil.rmtree(self._partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(f"cannot write {self._directory}: {reason}") from error
+
+
+def _config_text(source: Path, dtype: np.dtype) -> str:
+    """The source's config.json, unchanged but for the dtype in the spelling it came in."""
+    path = source / "config.json"
+    config = read_json(path)
+    fields = [name for name in ("dtype", "torch_dtype") if name in config]
+    if not fields:
+        fields = ["dtype" if "rope_parameters" in config else "torch_dtype"]
+    if all(config.get(name) == dtype.name for name in fields):
+        return path.read_text(encoding="utf-8")
+    return json.dumps(config | dict.fromkeys(fields, dtype.name), indent=2) + "\n"
+
+
+def _write_weights(
+    directory: Path,
+    tensors: list[tuple[str, tuple[int, ...]]],
+    dtype: np.dtype,
+    value: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """One file, or shards and their index."""
+    shards = safetensors_io.split_by_size(tensors, dtype.itemsize, shard_bytes)
+    if len(shards) == 1:
+        safetensors_io.write(directory / _SINGLE, shards[0], dtype, value)
+        return
+    placed = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        safetensors_io.write(directory / file, shard, dtype, value)
+        placed |= {name: file for name, _ in shard}
+    total = sum(math.prod(shape) for _, shape in tensors) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _places(
+    cfg: ModelConfig, params: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[Any, int | None, Layout]]]:
+    """(Hugging Face name, (leaf, layer or None, layout)), embedding first, then layer by layer."""
+    table = _table(cfg)
+    for weight, layout in table:
+        shape = np.shape(_get(params, weight.path))
+        if shape != layout.leaf:
+            raise ValueError(f"parameter {'/'.join(weight.path)}: {shape} is not {layout.leaf}")
+    single = [(w, layout) for w, layout in table if not w.stacked]
+    for weight, layout in single[:1]:
+        yield weight.name, (_get(params, weight.path), None, layout)
+    for layer in range(cfg.num_layers):
+        for weight, layout in table:
+            if weight.stacked:
+                yield weight.name.format(layer), (_get(params, weight.path), layer, layout)
+    for weight, layout in single[1:]:
+        yield weight.name, (_get(params, weight.path), None, layout)
+
+
+def _table(cfg: ModelConfig) -> list[tuple[Weight, Layout]]:
+    return [(weight, Layout(weight, cfg)) for weight in weights(cfg)]
+
+
+def _get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def resolve(path_or_hub_id: str) -> Path:
+    """The model directory: a local one, or a hub id `owner/name` fetched into the usual cache.
+
+    Raises:
+        UserError: there is no such directory, or the hub cannot give the model.
+    """
+    text = str(path_or_hub_id)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{text} is a file; give the model directory that holds config.json")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        raise UserError(
+            f"there is no model directory {text}; give an existing directory or a Hugging Face id "
+            "of the form owner/name"
+        )
+    import huggingface_hub  # slow to import, and local models do not need it
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                text,
+                allow_patterns=["config.json", "*.safetensors", _INDEX, *CARRIED_FILES],
+                ignore_patterns=["*/*"],
+            )
+        )
+    except (OSError, ValueError) as error:  # all errors of the hub client are one of the two
+        raise UserError(
+            f"{text} is neither a local directory nor could it be fetched from the Hugging Face "
+            f"hub ({type(error).__name__}); check the name, the network and, for a gated model, "
+            "`hf auth login`"
+        ) from error

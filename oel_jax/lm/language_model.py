@@ -1,0 +1,111 @@
+"""A model that is loaded and ready: config, parameters on a mesh, tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from oel_jax.errors import UserError
+from oel_jax.lm.config import ModelConfig
+from oel_jax.lm.huggingface import load_params, resolve
+from oel_jax.lm.model import Params, forward, unembed
+from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
+from oel_jax.parallel.mesh import make_mesh, put_batch
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@partial(jax.jit, static_argnames=("cfg",))
+def _logits(cfg: ModelConfig, params: Params, tokens, positions, segments):
+    return unembed(cfg, params, forward(cfg, params, tokens, positions, segments))
+
+
+@dataclass
+class LanguageModel:
+    """A decoder with its weights.
+
+    Attributes:
+      directory: the Hugging Face directory it came from.
+      cfg: shape and mathematics.
+      mesh: the devices it lives on, axes ('fsdp', 'tp').
+      params: nested dict of arrays, in the layout of `oel_jax.lm.model`.
+    """
+
+    directory: Path
+    cfg: ModelConfig
+    mesh: jax.sharding.Mesh
+    params: Params
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded on first use; UserError if the directory has no tokenizer files."""
+        return load_tokenizer(self.directory)
+
+    @property
+    def vocab_limit(self) -> int:
+        """Ids from here on are padding rows of the embedding and never sampled."""
+        return min(self.tokenizer.vocab_size, self.cfg.vocab_size)
+
+    def logits(self, tokens: Sequence[Sequence[int]]) -> Float[Array, "B T V"]:
+        """Next-token logits, float32 [B, T, V].
+
+        Rows may differ in length: they are padded on the right to T, and the logits of padding
+        mean nothing.
+
+        Raises:
+          UserError: no tokens, or an id outside the vocabulary.
+        """
+        width = max((len(row) for row in tokens), default=0)
+        ids = np.zeros((len(tokens), width), np.int32)
+        segments = np.zeros_like(ids)
+        for index, row in enumerate(tokens):
+            ids[index, : len(row)] = row
+            segments[index, : len(row)] = 1
+        if not ids.size or ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
+            raise UserError(
+                f"logits: give at least one row of token ids between 0 and "
+                f"{self.cfg.vocab_size - 1}, the vocabulary of {self.directory}"
+            )
+        positions = np.broadcast_to(np.arange(width, dtype=np.int32), ids.shape)
+        with jax.set_mesh(self.mesh):
+            batch = put_batch(self.mesh, (ids, positions, segments))
+            return _logits(self.cfg, self.params, *batch)
+
+
+def bundled(path: str) -> str:
+    """The model shipped with the package for 'nano'; any other path unchanged."""
+    if path == "nano":
+        from oel_jax.nano import MODEL_DIR
+
+        return str(MODEL_DIR)
+    return path
+
+
+def load_model(
+    path: str | Path, *, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+) -> LanguageModel:
+    """Load a Hugging Face directory, a hub id, or 'nano' (the bundled model).
+
+    Args:
+      path: where the model is.
+      dtype: 'float32', 'bfloat16' or 'float16' (or a dtype): what the weights become.
+      mesh: where they live; the first device alone when not given.
+
+    Raises:
+      UserError: anything wrong with the directory, naming the file or field.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    directory = resolve(bundled(str(path)))
+    cfg = ModelConfig.from_directory(directory)
+    mesh = make_mesh(1, 1, jax.devices()[:1]) if mesh is None else mesh
+    params = load_params(directory, cfg, mesh=mesh, dtype=dtype)
+    return LanguageModel(directory, cfg, mesh, params)

@@ -1,0 +1,218 @@
+"""Online Experiential Learning, paper Algorithm 1: read this first.
+
+    P_1 = the model you start from
+    for each round r:
+        deploy       P_r plays; games become trajectories          (user side)
+        extract      K knowledge texts are drawn from them         (server side, no games)
+        consolidate  the texts are distilled into P_r's weights    (server side, no games)
+        evaluate     P_r, P_r with knowledge, and P_{r+1} play     (user side)
+        P_{r+1} goes back to the user side
+
+Every stage reads files and writes files and is done when its files are there; running the same
+command again does what is missing.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from oel_jax.consolidate import consolidate
+from oel_jax.deploy import deploy
+from oel_jax.evaluate import evaluate
+from oel_jax.extract import extract
+from oel_jax.metrics import duration, table
+from oel_jax.run import Run
+from oel_jax.workdir import read_json, write_json
+
+STAGES = ("deploy", "extract", "consolidate", "evaluate")
+
+# What must be finished in the same round before a stage can run.
+_NEEDS = {
+    "deploy": (),
+    "extract": ("deploy",),
+    "consolidate": ("deploy", "extract"),
+    "evaluate": ("extract", "consolidate"),
+}
+
+
+def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
+    """Run all rounds; `stages` limits what is done, finished stages are skipped."""
+    if "evaluate" in stages:
+        _stage(run, 0, "evaluate", lambda: _evaluate_start(run))
+    for number in range(1, run.config.rounds + 1):
+        work: dict[str, Callable[[], list[Path]]] = {
+            "deploy": lambda r=number: deploy(run, r),
+            "extract": lambda r=number: extract(run, r),
+            "consolidate": lambda r=number: consolidate(run, r),
+            "evaluate": lambda r=number: _evaluate_round(run, r),
+        }
+        print(f"\n=== round {number} of {run.config.rounds} ===")
+        for stage in STAGES:
+            if stage not in stages or run.workdir.finished(number, stage):
+                continue
+            missing = _missing(run, number, stage)
+            if missing:
+                print(
+                    f"round {number}: {stage} needs {' and '.join(missing)} first; add it to "
+                    f"--stages and run the same command again"
+                )
+                return
+            _stage(run, number, stage, work[stage])
+        _summary(run)
+        if run.workdir.finished(number, "evaluate"):
+            print(_round_table(run, number))
+
+
+def _missing(run: Run, number: int, stage: str) -> list[str]:
+    """Unfinished stages that `stage` of this round builds on."""
+    missing = [need for need in _NEEDS[stage] if not run.workdir.finished(number, need)]
+    if number > 1 and not run.workdir.finished(number - 1, "consolidate"):
+        missing.append(f"consolidate of round {number - 1}")
+    return missing
+
+
+def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> None:
+    """Run one stage unless it is finished; record its files and its time."""
+    if run.workdir.finished(number, name):
+        return
+    began = time.monotonic()
+    files = work()
+    seconds = time.monotonic() - began
+    run.workdir.finish(number, name, files, seconds)
+    if number:
+        print(f"round {number} {name}: done in {duration(seconds)}")
+
+
+def _evaluate_start(run: Run) -> list[Path]:
+    """P_1 without knowledge: where the run starts from."""
+    file = run.workdir.start_evaluation
+    result = evaluate(
+        run, run.policy(1), file, round_number=0, name="start", label="start: evaluate"
+    )
+    _log(run, 0, "start", 0, result)
+    print(f"starting model: {_rate(result)}, {result['response_tokens']:.1f} tokens/answer")
+    return [file]
+
+
+def _evaluate_round(run: Run, number: int) -> list[Path]:
+    """P_r with knowledge in context, and P_{r+1} without."""
+    workdir, config = run.workdir, run.config.evaluate
+    files = []
+    if config.in_context or config.curve:
+        policy = run.policy(number)
+        points = {f"curve_{n:03d}": n for n in config.curve}
+        if config.in_context:
+            points["in_context"] = run.config.extract.n
+        for name, n in points.items():
+            files.append(workdir.evaluation(number, name))
+            result = evaluate(
+                run,
+                policy,
+                files[-1],
+                round_number=number,
+                name=f"knowledge_{n}",
+                label=f"round {number} evaluate: knowledge of {n} games in context",
+                texts=_texts(run, number, n),
+            )
+            _log(run, number, "in_context", n, result)
+    files.append(workdir.evaluation(number, "consolidated"))
+    result = evaluate(
+        run,
+        run.policy(number + 1),
+        files[-1],
+        round_number=number,
+        name="consolidated",
+        label=f"round {number} evaluate: consolidated",
+    )
+    _log(run, number, "consolidated", run.config.consolidate.steps, result)
+    return files
+
+
+def _texts(run: Run, number: int, n: int) -> list[str]:
+    """The K texts after n trajectories."""
+    return [
+        read_json(run.workdir.knowledge_step(number, chain, n))["text"]
+        for chain in range(run.config.extract.chains)
+    ]
+
+
+def _log(run: Run, number: int, name: str, step: int, result: dict[str, Any]) -> None:
+    run.metrics.rewind(f"evaluate_{name}", number, step - 1)
+    run.metrics.scalars(
+        f"evaluate_{name}",
+        step,
+        {
+            "pass_rate": result["pass_rate"],
+            "ci95_low": result["ci95"][0],
+            "ci95_high": result["ci95"][1],
+            "response_tokens": result["response_tokens"],
+            "turns": result["turns"],
+        },
+        round=number,
+    )
+
+
+_KEPT = ("pass_rate", "ci95", "response_tokens", "turns", "unseen")
+
+
+def _short(file: Path) -> dict[str, Any] | None:
+    """The part of an evaluation that goes into the summary, or None if it was not made."""
+    if not file.exists():
+        return None
+    result = read_json(file)
+    return {name: result[name] for name in _KEPT if name in result}
+
+
+def _summary(run: Run) -> None:
+    """summary.json: the start, and per round both evaluations and the seconds of each stage."""
+    workdir = run.workdir
+    rounds = []
+    for number in range(1, run.config.rounds + 1):
+        seconds = workdir.seconds(number)
+        if not seconds:
+            break
+        entry: dict[str, Any] = {"round": number}
+        for name in ("in_context", "consolidated"):
+            entry[name] = _short(workdir.evaluation(number, name))
+        rounds.append(entry | {"seconds": seconds})
+    start = _short(workdir.start_evaluation)
+    write_json(workdir.summary_file, {"start": start, "rounds": rounds})
+
+
+def _rate(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "not measured"
+    low, high = result["ci95"]
+    return f"{result['pass_rate']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _round_table(run: Run, number: int) -> str:
+    """The short table that ends a round."""
+    workdir = run.workdir
+    before = (
+        workdir.start_evaluation if number == 1 else workdir.evaluation(number - 1, "consolidated")
+    )
+    rows = []
+    lines = {
+        "before, without knowledge": before,
+        "before, knowledge in context": workdir.evaluation(number, "in_context"),
+        "after consolidation": workdir.evaluation(number, "consolidated"),
+    }
+    for name, file in lines.items():
+        result = read_json(file) if file.exists() else None
+        row = [name, _rate(result)]
+        row.append(f"{result['response_tokens']:.1f}" if result else "-")
+        unseen = (result or {}).get("unseen") or {}
+        row.append(_rate(unseen) if unseen.get("maps") else "no unseen boards")
+        rows.append(row)
+    text = table(rows, [f"round {number}", "pass rate [95 %]", "tokens/answer", "unseen boards"])
+    result = read_json(workdir.evaluation(number, "consolidated"))
+    if "random_policy" in result:
+        text += (
+            f"\nrandom policy {result['random_policy']:.2%}, perfect play in 5 turns "
+            f"{result['perfect_play']:.1%} of the held-out maps"
+        )
+    seconds = workdir.seconds(number)
+    text += "\nseconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
+    return text

@@ -1,0 +1,271 @@
+"""Numbers of a run: `metrics.jsonl`, TensorBoard event files, and what the console shows.
+
+A line of `metrics.jsonl` is
+
+    {"stage": "consolidate", "round": 1, "step": 3, "values": {"loss": 0.21}, "time": {"at": ...}}
+
+where everything but `time` is the same in a resumed and in an uninterrupted run. Event files are
+written by the `tensorboard` package alone; TensorFlow is never imported. Imports no JAX.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from oel_jax.errors import UserError
+from oel_jax.workdir import Workdir, write_bytes
+
+Value = float | tuple[float, float]  # a number, or (sum, count), whose mean is written
+
+
+class Metrics:
+    """Writes scalars and texts of one run; a context manager.
+
+    Each (round, stage) is a run of its own in TensorBoard (`round_001/consolidate`), so that the
+    curves of successive rounds lie over each other. Round 0 is for what belongs to the whole run.
+    """
+
+    def __init__(self, workdir: Workdir, tensorboard: bool = True):
+        self._path = workdir.metrics_file
+        self._tensorboard = workdir.tensorboard if tensorboard else None
+        self._writers: dict[Path, EventFileWriter] = {}
+        # A kill may have left half a line behind: it was never a metric.
+        rows = _rows(self._path)
+        if self._path.exists() and b"".join(line for _, line in rows) != self._path.read_bytes():
+            write_bytes(self._path, b"".join(line for _, line in rows))
+        self._file = self._path.open("ab")
+
+    def scalars(
+        self,
+        stage: str,
+        step: int,
+        values: Mapping[str, Value],
+        round: int = 0,
+        time_values: Mapping[str, Value] | None = None,
+    ) -> None:
+        """Write one row.
+
+        Args:
+          stage: e.g. 'consolidate'.
+          step: optimizer step, chain step or round: the x axis of the curve.
+          values: name -> number or (sum, count); a pair with count 0 is left out. NaN and infinity
+            are written as the strings "NaN", "Infinity", "-Infinity".
+          round: the round, from 1; 0 = the whole run.
+          time_values: numbers that depend on the machine (tokens/s); kept under "time".
+        """
+        means, timed = _means(values), _means(time_values or {})
+        row = {
+            "stage": stage,
+            "round": int(round),
+            "step": int(step),
+            "values": {name: _json_number(value) for name, value in means.items()},
+            "time": {"at": time.time()} | {k: _json_number(v) for k, v in timed.items()},
+        }
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            summary = summary_pb2.Summary(
+                value=[
+                    summary_pb2.Summary.Value(tag=f"{stage}/{name}", simple_value=value)
+                    for name, value in {**means, **timed}.items()
+                ]
+            )
+            self._event(stage, round, step=int(step), summary=summary)
+
+    def text(self, tag: str, step: int, text: str, stage: str = "text", round: int = 0) -> None:
+        """Show a text in TensorBoard (`tag` under 'Text'), line breaks kept as in the original."""
+        if self._tensorboard is None:
+            return
+        shown = "    " + text.replace("\n", "\n    ")  # Markdown: an indented block is literal
+        tensor = tensor_pb2.TensorProto(
+            dtype=types_pb2.DT_STRING, string_val=[shown.encode("utf-8")]
+        )
+        plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
+        metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
+        value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+        self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+
+    def rewind(self, stage: str, round: int, step: int) -> None:
+        """Forget the rows of (stage, round) after `step`: they are about to be computed again."""
+        rows = _rows(self._path)
+        kept = [line for row, line in rows if not _is_later(row, stage, round, step)]
+        if len(kept) < len(rows):
+            self._file.close()
+            write_bytes(self._path, b"".join(kept))
+            self._file = self._path.open("ab")
+            if self._tensorboard is not None:
+                # TensorBoard then drops what it has read of this run from step + 1 on.
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._event(stage, round, step=step + 1, session_log=start)
+
+    def _event(self, stage: str, round: int, **fields: Any) -> None:
+        group = self._tensorboard / (f"round_{round:03d}" if round else "run") / stage
+        if group not in self._writers:
+            self._writers[group] = EventFileWriter(str(group), flush_secs=5)
+        self._writers[group].add_event(event_pb2.Event(wall_time=time.time(), **fields))
+
+    def close(self) -> None:
+        """Write out what is still buffered."""
+        self._file.close()
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a `metrics.jsonl`; half a line at the end (a kill) is ignored.
+
+    Raises:
+      UserError: a line that is not a row, with file and line.
+    """
+    return [row for row, _ in _rows(path)]
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    rows: list[tuple[dict[str, Any], bytes]] = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"stage", "round", "step", "values"} <= row.keys():
+            raise UserError(f"{path}:{number} is not a row of metrics; restore or delete the file")
+        rows.append((row, line))
+    return rows
+
+
+def _is_later(row: Mapping[str, Any], stage: str, round: int, step: int) -> bool:
+    return (row["stage"], row["round"]) == (stage, round) and row["step"] > step
+
+
+def _means(values: Mapping[str, Value]) -> dict[str, float]:
+    means = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            total, count = (float(part) for part in value)
+            if not count:
+                continue
+            means[name] = total / count
+        else:
+            means[name] = float(value)
+    return means
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+# --- console --------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Progress of one long stage: count, rate, time left.
+
+        with Progress(64, "games", "round 1 deploy") as progress:
+            for game in games: ...; progress.update(note="loss 0.21")
+
+    On a terminal one line is rewritten in place; in a file or pipe a new line appears at most every
+    `every` seconds. The first and the last state are always shown.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        label: str,
+        every: float = 5.0,
+        done: int = 0,
+        stream: TextIO | None = None,
+    ):
+        """`done` units were finished by an earlier run: they count, but not for the rate."""
+        self.total, self.unit, self.label, self.every = total, unit, label, every
+        self.done = self._first = done
+        self._stream = sys.stdout if stream is None else stream
+        self._tty = self._stream.isatty()
+        self._start = time.monotonic()
+        self._shown_at = -math.inf
+        self._shown_done = -1
+        self._width = 0
+        self._note = ""
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """`count` more units are done; `note` (e.g. the loss) stands behind the numbers."""
+        self.done += count
+        self._note = note or self._note
+        wait = min(self.every, 0.2) if self._tty else self.every
+        if time.monotonic() - self._shown_at >= wait:
+            self._show()
+
+    def line(self) -> str:
+        """The current state as one line."""
+        seconds = time.monotonic() - self._start
+        made = self.done - self._first
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}"
+        if made and seconds > 0:
+            rate = made / seconds
+            per = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+            left = (self.total - self.done) / rate
+            when = f"ETA {duration(left)}" if self.done < self.total else f"in {duration(seconds)}"
+            text += f", {per}, {when}"
+        return f"{text} | {self._note}" if self._note else text
+
+    def _show(self, last: bool = False) -> None:
+        text = self.line()
+        if self._tty:
+            text = text[: shutil.get_terminal_size().columns - 1]
+            self._stream.write("\r" + text.ljust(self._width) + ("\n" if last else ""))
+            self._width = len(text)
+        elif self._shown_done != self.done:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+        self._shown_done = self.done
+        self._shown_at = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._show()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(last=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '0:07', '12:34' or '1:02:03'."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """A plain text table; the first column is left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(parts).rstrip()
+
+    ruler = "  ".join("-" * width for width in widths)
+    return "\n".join([line(cells[0]), ruler, *map(line, cells[1:])])

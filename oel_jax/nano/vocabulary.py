@@ -1,0 +1,201 @@
+"""The nano model's tokenizer: SentencePiece whose frequent phrases are single symbols.
+
+Boilerplate sentences of the prompts, board cells and the phrases of `language` are user-defined
+symbols (matched longest first, anywhere in the text), so a play prompt costs about 22 tokens.
+Everything else falls back to characters, a few merges and bytes: any text round-trips exactly.
+Control tokens are SentencePiece control symbols, which plain text can never produce.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+
+from oel_jax import prompts
+from oel_jax.games.adapter import GENERIC_RULES
+from oel_jax.nano import examples
+from oel_jax.nano import language as lang
+
+VOCABULARY = 640
+CONTROL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+END_OF_TEXT = "<|endoftext|>"
+STOP = "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}"
+    "{{- '<think></think>' }}"
+    "{%- endif %}"
+    "{%- endif %}"
+)
+_RULE = "+-----+-----+-----+"
+_ACTIONS = ("up", "down", "left", "right", "w", "a", "s", "d")
+
+
+def _prompt_symbols() -> list[str]:
+    """Fixed pieces of the play and extraction prompts, cut where variable text meets them."""
+    slot = "\x00"
+    play = prompts.play_prompt(slot, slot)
+    head, middle, tail = play.split(slot)
+    opening = f"[GAME] {GENERIC_RULES}[GAME] Current Board:\n\n{_RULE}"
+    symbols = [examples.ENGINE, head.removeprefix(examples.ENGINE).rstrip("\n"), tail]
+    symbols += ["\n" + middle.rstrip("\n").removeprefix("\n") + "\n" + opening]
+    for version in ("v3", "v4"):
+        before, between, after = prompts.extraction_prompt(slot, slot, version=version).split(slot)
+        symbols += [before, between.lstrip("\n").rstrip("\n"), after]
+    return symbols
+
+
+def _game_symbols() -> list[str]:
+    """Messages, positions and cells of Frozen Lake; a cell's token also says its column."""
+    symbols = [
+        f"\n\nAvailable Actions: {', '.join(f'[{a}]' for a in _ACTIONS)}",
+        f"\nRound0_Input: [GAME] [GAME] Current Board:\n\n{_RULE}",
+        "\n\n\nSummary:\nFinal Result: Success\nFeedback: "
+        "Congratulations! You reached the goal!\n\n",
+        "\n\n\nSummary:\nFinal Result: Failure\nFeedback: You fell into a hole! Game over. "
+        "You completed ",
+        "% of the journey to the goal.\n\n",
+        "\n\n\nSummary:\nFinal Result: Failure\nFeedback: Invalid Move: You tried to move ",
+        " but hit a wall!\n\n",
+        "\n\n\nEnvironment terminated because the round limit is reached\n",
+        "No previous experience.",
+    ]
+    symbols += [f"\n\nRound{t}_Output: " for t in range(5)]
+    symbols += [f"\nRound{t}_Input: \n" for t in range(1, 5)]
+    for d in lang.DIRECTIONS:
+        symbols += [
+            f"[{d}]",
+            f"\n[Player] [{d}]\n",
+            f"[GAME] You moved {d} to position ",
+            f"[GAME] You attempted an invalid move. Reason: You tried to move {d} but hit a wall! "
+            "Please resubmit a valid move and remember to follow the game rules to avoid penalties."
+            f"\n[GAME] Current Board:\n\n{_RULE}",
+        ]
+    symbols += [
+        f"({r}, {c}).\n[GAME] Current Board:\n\n{_RULE}" for r in range(3) for c in range(3)
+    ]
+    for c in lang.LETTERS + "P ":
+        symbols += [f"\n|  {c}  |", f"  {c}  |", f"  {c}  |\n{_RULE}"]
+    return symbols
+
+
+def _language_symbols() -> list[str]:
+    symbols = [*lang.LETTERS, "P", *dict.fromkeys(lang.MAP.values()), " ", "\n", ". ", ", "]
+    symbols += [f"{mark}/" for mark in dict.fromkeys(lang.MAP.values())]
+    symbols += [*lang.BELIEF.values(), " (only", " a", " guess)", *lang.GO.values()]
+    symbols += [lang.TO_LETTER, lang.TO_FREE, lang.TO_WALL]
+    for forms in lang.PHRASES.values():
+        for before, after in forms:
+            symbols += [before, after]
+    symbols += [*lang.ADVICE, lang.MARKER, "\n" + lang.MARKER, lang.HEADING.rstrip("\n")]
+    symbols += [lang.LAST_STEP, lang.CROSSED, *lang.VERDICT.values(), lang.GLOSSARY_QUESTION]
+    symbols += ["Symbols: ", ". Please ", *lang.INSTRUCTIONS.values(), "done"]
+    # the brackets of a thought inside outside text (the control symbols never match there)
+    return [*symbols, "user\n", "assistant\n", "<think", "</think", ">"]
+
+
+def symbols() -> list[str]:
+    """All user-defined symbols, without doubles."""
+    every = _prompt_symbols() + _game_symbols() + _language_symbols()
+    return [s for s in dict.fromkeys(every) if s]
+
+
+def train(corpus: list[str]) -> bytes:
+    """Train the SentencePiece model; returns the bytes of `tokenizer.model`."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_by_whitespace=False,
+        split_by_number=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        max_sentence_length=1_000_000,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=1,
+        pad_piece=END_OF_TEXT,
+        control_symbols=list(CONTROL),
+        user_defined_symbols=[s.replace(" ", "\u2581") for s in symbols()],
+        minloglevel=2,
+        num_threads=1,
+    )
+    return out.getvalue()
+
+
+def corpus() -> list[str]:
+    """Sentences for the few merges: the prompts' own words and printable characters."""
+    words = "\n".join(symbols()).split()
+    printable = [chr(i) for i in range(33, 127)] + ["√"]
+    return [" ".join(words)] + words + printable * 2
+
+
+def write(directory: Path) -> None:
+    """Write tokenizer.model and tokenizer_config.json into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(train(corpus()))
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": STOP,
+        "pad_token": END_OF_TEXT,
+        "unk_token": "<unk>",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def special_id(piece: str) -> int:
+    """Id of a control token: fixed by the order in which SentencePiece lays them out."""
+    return {END_OF_TEXT: 1, **{p: 2 + i for i, p in enumerate(CONTROL)}}[piece]
+
+
+class Encoder:
+    """Examples to token ids, straight through SentencePiece (training only)."""
+
+    def __init__(self, directory: Path):
+        self._model = sentencepiece.SentencePieceProcessor(
+            model_file=str(Path(directory) / "tokenizer.model")
+        )
+        self._ids = {piece: self._model.piece_to_id(piece) for piece in (*CONTROL, END_OF_TEXT)}
+
+    def prompt(self, text: str) -> list[int]:
+        """The chat prompt of one user message, ready for the reply."""
+        start, end = self._ids["<|im_start|>"], self._ids["<|im_end|>"]
+        return [
+            start,
+            *self._model.encode(f"user\n{text}"),
+            end,
+            *self._model.encode("\n"),
+            start,
+            *self._model.encode("assistant\n"),
+        ]
+
+    def reply(self, text: str) -> list[int]:
+        """A reply with its thought brackets and the stop token as control ids."""
+        thought, answer = text.removeprefix("<think>").split("</think>", 1)
+        return [
+            self._ids["<think>"],
+            *self._model.encode(thought),
+            self._ids["</think>"],
+            *self._model.encode(answer),
+            self._ids[STOP],
+        ]
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The pieces, for display."""
+        return [self._model.id_to_piece(i) for i in ids]

@@ -1,0 +1,1 @@
+"""Device mesh, sharding rules, multi-host helpers. Imports no game and no stage."""

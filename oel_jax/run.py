@@ -1,0 +1,104 @@
+"""What every stage of a run shares: config, files, metrics, devices, and how to load a policy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from oel_jax.config import validate_against_model
+from oel_jax.lm.config import ModelConfig
+from oel_jax.lm.huggingface import resolve
+from oel_jax.lm.language_model import DTYPES, LanguageModel, bundled, load_model
+from oel_jax.lm.sampler import Sampler, request_key
+from oel_jax.lm.sampling import Sampling
+from oel_jax.metrics import Metrics, Progress
+from oel_jax.workdir import Workdir
+
+
+@dataclass
+class Run:
+    """One run in its workdir.
+
+    Attributes:
+      config: validated; see `oel_jax.config.default` for every field.
+      workdir: names of all files, record of finished stages.
+      metrics: TensorBoard and metrics.jsonl.
+      mesh: axes ('fsdp', 'tp').
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Workdir
+    metrics: Metrics
+    mesh: jax.sharding.Mesh
+
+    def policy_directory(self, round_number: int) -> Path:
+        """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
+        if round_number == 1:
+            return resolve(bundled(self.config.model.path))
+        return self.workdir.policy(round_number - 1)
+
+    def load(self, directory: Path, dtype: str | None = None) -> LanguageModel:
+        """Load a model in the compute dtype (or another) and check the config against it."""
+        cfg = ModelConfig.from_directory(directory)
+        model = LanguageModel(directory, cfg, self.mesh, {})
+        devices = self.mesh.devices.size
+        validate_against_model(self.config, cfg, model.tokenizer.vocab_size, devices)
+        model.params = load_model(
+            directory, dtype=dtype or self.config.model.dtype, mesh=self.mesh
+        ).params
+        return model
+
+    def policy(self, round_number: int) -> LanguageModel:
+        """P_r in the compute dtype."""
+        return self.load(self.policy_directory(round_number))
+
+    def sampler(
+        self, model: LanguageModel, how: Sampling, *, prompt: int, response: int, slots: int = 0
+    ) -> Sampler:
+        """A sampler for prompts of up to `prompt` tokens and responses of up to `response`.
+
+        `slots`: use fewer than the config's when there is less to do at once.
+        """
+        s = self.config.sampler
+        fsdp = self.mesh.shape["fsdp"]
+        slots = min(s.slots, -(-slots // fsdp) * fsdp) if slots else s.slots
+        rows = min(s.prefill_rows, slots)
+        return Sampler(
+            model.cfg,
+            self.mesh,
+            slots=slots,
+            max_len=s.max_len or prompt + response,
+            max_new=response,
+            how=how,
+            limit=model.vocab_limit,
+            stop_ids=model.tokenizer.stop_ids,
+            dtype=DTYPES[self.config.model.dtype],
+            decode_steps=s.decode_steps,
+            prefill_rows=rows,
+            block=self.config.model.attention_block,
+        )
+
+    def key(self, purpose: str, *parts: object) -> np.ndarray:
+        """Random key of one generation; depends on the loop seed and on `parts` alone."""
+        return request_key(self.config.seed, purpose, *parts)
+
+    def chain_key(self, chain: int, purpose: str, *parts: object) -> np.ndarray:
+        """Key of a generation that belongs to a chain seed (evaluation, extraction).
+
+        With `evaluate.seed_mode='constant'` all requests of a chain share one noise stream, as the
+        released code does (spec section 5).
+        """
+        if self.config.evaluate.seed_mode == "constant":
+            return self.key("constant", 50 * (chain + 1))
+        return self.key(purpose, 50 * (chain + 1), *parts)
+
+    def progress(self, total: int, unit: str, label: str, done: int = 0) -> Progress:
+        """Console progress with rate and ETA."""
+        return Progress(total, unit, label, every=self.config.log.console_every, done=done)
+
+
+def sampling(section: ml_collections.ConfigDict) -> Sampling:
+    """Sampling settings of a config section (`deploy`, `extract`, `evaluate`)."""
+    return Sampling(section.temperature, section.top_k, section.top_p)

@@ -1,0 +1,185 @@
+"""Knowledge: parsing, thoughts, accumulation and truncation (spec 6.1-6.3)."""
+
+import re
+
+import pytest
+
+from oel_jax import knowledge
+from oel_jax.errors import UserError
+
+ITEM = "- EXPERIENCE ITEM:"
+
+
+def words(text):
+    """A stand-in tokenizer: one token per word and one per newline, so that counts add up."""
+    return len(re.findall(r"\n|[^ \n]+", text))
+
+
+def test_the_counter_itself():
+    assert words("a b\nc") == 4 and words("") == 0 and words("a\n") == 2
+
+
+# --- parsing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["v4", "v1"])
+def test_items_are_parsed(version):
+    text = (
+        "Additional Experience:\n# Experience\n"
+        f"{ITEM} first  \n   continuation is lost\n"
+        f"* text before is lost {ITEM} second\n"
+        f"{ITEM} third {ITEM}fourth\n"
+        f"{ITEM}   \n-- EXPERIENCE ITEM: paper style\n- experience item: lower\n"
+    )
+    assert knowledge.parse(text, version) == (
+        f"{ITEM} first\n{ITEM} second\n{ITEM} third\n{ITEM}fourth\n{ITEM} paper style"
+    )
+    assert knowledge.parse("nothing here", version) == ""
+    assert knowledge.parse("", version) == ""
+
+
+def test_lines_end_at_newlines_only():
+    text = f"{ITEM} one\u2028still one\x0band\x85on\r\nlost\n{ITEM} two"
+    assert knowledge.parse(text, "v4") == f"{ITEM} one\u2028still one\x0band\x85on\n{ITEM} two"
+    fits = "a\u2028b c d"
+    assert knowledge.truncate(f"x y z\n{fits}", 4, words, "v3") == fits
+
+
+def test_unstructured_and_dashed_versions():
+    text = "  \n# Title\n - one \n-two\n* three\n\t- four\n- \n"
+    assert knowledge.parse(text, "v3") == knowledge.parse(text, "v5") == text.strip()
+    assert knowledge.parse(text, "v2") == "- one\n- four"
+
+
+def test_own_marker():
+    assert knowledge.parse("x -- RULE: a\n- EXPERIENCE ITEM: b", "v4", "-- RULE:") == "-- RULE: a"
+    with pytest.raises(UserError, match="item_marker"):
+        knowledge.parse("x", "v4", " ")
+
+
+# --- thoughts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped", "kept", "finished"),
+    [
+        ("<think>a</think>\n\nb", "\n\nb", "\n\nb", True),
+        ("a</think>b</think>c", "c", "c", True),
+        ("no thought at all", "no thought at all", "no thought at all", True),
+        ("<think>cut off", None, "<think>cut off", False),
+        ("<think>a</think><think>again", None, "<think>again", False),
+        ("<think>a</think>", "", "", True),
+        ("", "", "", True),
+    ],
+)
+def test_strip_thought(text, dropped, kept, finished):
+    assert knowledge.strip_thought(text) == (dropped, finished)
+    assert knowledge.strip_thought(text, "keep") == (kept, finished)
+
+
+def test_thought_that_the_prompt_opened():
+    assert knowledge.strip_thought("cut off", opened=True) == (None, False)
+    assert knowledge.strip_thought("cut off", "keep", opened=True) == ("cut off", False)
+    assert knowledge.strip_thought("a</think>b", opened=True) == ("b", True)
+    with pytest.raises(UserError, match="unfinished_thought"):
+        knowledge.strip_thought("x", "maybe")
+
+
+# --- accumulation and truncation ------------------------------------------------------------------
+
+
+def test_append():
+    assert knowledge.append("", "") == ""
+    assert knowledge.append("", "a") == "a"
+    assert knowledge.append("a", "") == "a"
+    assert knowledge.append("a", "b\nc") == "a\nb\nc"
+
+
+def items(*sizes):
+    """Items of the given numbers of tokens, the newline behind each not counted."""
+    return [f"{ITEM}" + f" w{i}" * (size - 3) for i, size in enumerate(sizes)]
+
+
+def test_a_text_that_fits_is_unchanged():  # (a)
+    text = " \n" + "\n".join(items(5, 5)) + "\n\n"
+    assert knowledge.truncate(text, words(text), words, "v4") is text
+    assert knowledge.truncate("", 1, words, "v4") == ""
+
+
+@pytest.mark.parametrize("version", ["v1", "v3", "v4"])
+def test_newest_lines_are_kept(version):
+    lines = items(9, 6, 5)
+    text = "\n".join(lines)
+    assert knowledge.truncate(text, 13, words, version) == "\n".join(lines[1:])
+    assert knowledge.truncate(text, 12, words, version) == lines[2]
+    assert knowledge.truncate(text, 13, words, version, keep="head") == lines[0]
+    assert knowledge.truncate(text, 17, words, version, keep="head") == "\n".join(lines[:2])
+
+
+def test_a_small_old_item_is_not_kept_behind_a_large_one():
+    lines = items(3, 90, 5)
+    assert knowledge.truncate("\n".join(lines), 20, words, "v4") == lines[2]
+
+
+def test_an_overlong_last_line_wipes_everything():  # (b)
+    text = "\n".join(items(5, 50))
+    for version in knowledge.VERSIONS:
+        assert knowledge.truncate(text, 20, words, version) == ""
+    assert knowledge.truncate("\n".join(items(50, 5)), 20, words, "v4", keep="head") == ""
+
+
+def test_an_overlong_last_continuation_line_wipes_everything_too():  # (b), nothing kept yet
+    text = "\n".join([*items(5), "c" + " c" * 50])
+    assert knowledge.truncate(text, 20, words, "v4") == ""
+
+
+def test_an_overflowing_continuation_line_is_skipped():  # (c)
+    first, last = items(5, 5)
+    text = "\n".join([first, "long" + " c" * 50, last])
+    assert knowledge.truncate(text, 20, words, "v4") == f"{first}\n{last}"
+    assert knowledge.truncate(text, 20, words, "v3") == last  # every line counts as an item
+
+
+def test_lines_before_the_first_item_are_dropped():
+    old, new = items(50, 5)
+    text = "\n".join([old, "orphan", new, "tail"])
+    assert knowledge.truncate(text, 20, words, "v4") == f"{new}\ntail"
+    assert knowledge.truncate(text, 20, words, "v3") == f"orphan\n{new}\ntail"
+
+
+def test_the_last_newline_counts():  # (d)
+    lines = items(5, 5)
+    text = "\n".join(lines)
+    assert words(text) == 11
+    longer = "\n".join(["x" * 3, *lines])
+    assert words(longer) == 13
+    assert knowledge.truncate(longer, 12, words, "v4") == text  # 6 + 6, joint count 11
+    assert knowledge.truncate(longer, 11, words, "v4") == lines[1]  # joint count would fit
+
+
+def test_no_item_among_the_kept_lines():  # (e)
+    text = "\n".join([*items(50), "one", "two"])
+    assert knowledge.truncate(text, 10, words, "v4") == "one\ntwo"
+
+
+def test_a_long_paragraph_is_wiped_under_v3():  # (f)
+    assert knowledge.truncate("word " * 40, 20, words, "v3") == ""
+
+
+def test_own_marker_and_dashes_in_truncation():
+    text = "-- RULE: a\nx" + " c" * 20 + "\n-- RULE: b"
+    assert knowledge.truncate(text, 10, words, "v4", marker="-- RULE:") == "-- RULE: a\n-- RULE: b"
+    dashed = "- a\nx" + " c" * 20 + "\n- b"
+    assert knowledge.truncate(dashed, 10, words, "v2") == "- a\n- b"
+
+
+def test_bad_settings_are_user_errors():
+    for call, field in (
+        (lambda: knowledge.parse("x", "v9"), "extract.version"),
+        (lambda: knowledge.truncate("x", 1, words, "V4"), "extract.version"),
+        (lambda: knowledge.truncate("x", 1, words, "v4", keep="middle"), "extract.truncate"),
+        (lambda: knowledge.truncate("x", 0, words, "v4"), "extract.l_max"),
+        (lambda: knowledge.truncate("x", True, words, "v4"), "extract.l_max"),
+    ):
+        with pytest.raises(UserError, match=field):
+            call()

@@ -1,0 +1,169 @@
+"""metrics.jsonl, TensorBoard event files read back by TensorBoard itself, and the console."""
+
+import io
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from oel_jax.errors import UserError
+from oel_jax.metrics import Metrics, Progress, duration, read, table
+from oel_jax.workdir import Workdir
+
+
+def without_time(path):
+    return [{k: v for k, v in row.items() if k != "time"} for row in read(path)]
+
+
+def test_rows_hold_means_and_keep_time_apart(tmp_path):
+    w = Workdir(tmp_path)
+    with Metrics(w, tensorboard=False) as metrics:
+        values = {"loss": (3.0, 4), "empty": (0.0, 0), "norm": 2, "bad": float("nan")}
+        metrics.scalars("consolidate", 3, values, round=1, time_values={"tokens/s": (100, 2)})
+    (row,) = read(w.metrics_file)
+    assert row["values"] == {"loss": 0.75, "norm": 2.0, "bad": "NaN"}
+    assert (row["stage"], row["round"], row["step"]) == ("consolidate", 1, 3)
+    assert row["time"]["tokens/s"] == 50 and row["time"]["at"] > 1.6e9
+    assert not w.tensorboard.exists()
+
+
+def test_tensorboard_reads_scalars_and_texts_back(tmp_path):
+    w = Workdir(tmp_path)
+    with Metrics(w) as metrics:
+        for step in (1, 2, 3):
+            metrics.scalars("consolidate", step, {"loss": 1 / step}, round=2)
+        metrics.text("knowledge", 1, "- H loses\n- <b>G</b> wins", stage="extract", round=2)
+        metrics.scalars("evaluate", 2, {"pass_rate": 0.5})
+    events = EventAccumulator(str(w.tensorboard / "round_002" / "consolidate")).Reload()
+    scalars = events.Scalars("consolidate/loss")
+    assert [event.step for event in scalars] == [1, 2, 3]
+    assert scalars[2].value == pytest.approx(1 / 3)
+    events = EventAccumulator(str(w.tensorboard / "round_002" / "extract")).Reload()
+    (event,) = events.Tensors("knowledge")
+    assert event.tensor_proto.string_val[0] == b"    - H loses\n    - <b>G</b> wins"
+    events = EventAccumulator(str(w.tensorboard / "run" / "evaluate")).Reload()
+    assert events.Scalars("evaluate/pass_rate")[0].step == 2
+
+
+def test_a_rewound_run_equals_an_uninterrupted_one(tmp_path):
+    straight, broken = Workdir(tmp_path / "a"), Workdir(tmp_path / "b")
+    for w in (straight, broken):
+        w.root.mkdir()
+    with Metrics(straight) as metrics:
+        metrics.scalars("evaluate", 0, {"x": 9})
+        for step in range(1, 6):
+            metrics.scalars("consolidate", step, {"x": step}, round=1)
+    with Metrics(broken) as metrics:
+        metrics.scalars("evaluate", 0, {"x": 9})
+        for step in range(1, 5):  # killed after step 4; the checkpoint is of step 2
+            metrics.scalars("consolidate", step, {"x": -step if step > 2 else step}, round=1)
+    with broken.metrics_file.open("ab") as file:
+        file.write(b'{"stage": "consol')
+    with Metrics(broken) as metrics:
+        metrics.rewind("consolidate", 1, 2)
+        for step in range(3, 6):
+            metrics.scalars("consolidate", step, {"x": step}, round=1)
+    assert without_time(broken.metrics_file) == without_time(straight.metrics_file)
+    events = EventAccumulator(str(broken.tensorboard / "round_001" / "consolidate")).Reload()
+    assert [event.value for event in events.Scalars("consolidate/x")] == [1, 2, 3, 4, 5]
+
+
+def test_rewind_touches_only_its_stage_and_round(tmp_path):
+    w = Workdir(tmp_path)
+    with Metrics(w, tensorboard=False) as metrics:
+        for stage, round_number in (("extract", 1), ("consolidate", 1), ("consolidate", 2)):
+            for step in (1, 2):
+                metrics.scalars(stage, step, {"x": 1}, round=round_number)
+        metrics.rewind("consolidate", 2, 0)
+        metrics.rewind("consolidate", 1, 1)
+    left = [(row["stage"], row["round"], row["step"]) for row in read(w.metrics_file)]
+    assert left == [("extract", 1, 1), ("extract", 1, 2), ("consolidate", 1, 1)]
+
+
+def test_rows_are_on_disk_at_once_and_a_cut_last_line_goes(tmp_path):
+    w = Workdir(tmp_path)
+    metrics = Metrics(w, tensorboard=False)
+    metrics.scalars("deploy", 1, {"x": 1})
+    assert len(read(w.metrics_file)) == 1
+    metrics.close()
+    with w.metrics_file.open("ab") as file:
+        file.write(b'{"stage"')
+    Metrics(w, tensorboard=False).close()
+    assert w.metrics_file.read_bytes().endswith(b"}\n")
+
+
+def test_a_damaged_line_elsewhere_is_named(tmp_path):
+    w = Workdir(tmp_path)
+    w.metrics_file.write_text('{"stage": "a", "round": 0, "step": 1, "values": {}}\nrubbish\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a row"):
+        Metrics(w, tensorboard=False)
+    w.metrics_file.write_text(json.dumps([1]) + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1"):
+        read(w.metrics_file)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_in_a_pipe_prints_seldom_and_ends_with_the_last_state():
+    stream = io.StringIO()
+    with Progress(100, "games", "round 1 deploy", every=3600, stream=stream) as progress:
+        for i in range(100):
+            progress.update(note=f"loss {i}")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "round 1 deploy: 0/100 games"
+    assert len(lines) == 2
+    assert lines[1].startswith("round 1 deploy: 100/100 games, ")
+    assert " in 0:00 | loss 99" in lines[1]
+
+
+def test_progress_in_a_pipe_prints_every_state_without_a_limit():
+    stream = io.StringIO()
+    with Progress(3, "steps", "x", every=0, stream=stream) as progress:
+        for _ in range(3):
+            progress.update()
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == [
+        "0/3",
+        "1/3",
+        "2/3",
+        "3/3",
+    ]
+    assert "ETA" in stream.getvalue().splitlines()[1]
+
+
+def test_progress_on_a_terminal_rewrites_one_line():
+    stream = Terminal()
+    with Progress(2, "steps", "x", every=0, stream=stream) as progress:
+        progress.update(note="a note that is long")
+        progress.update(note="b")
+    text = stream.getvalue()
+    assert text.count("\n") == 1 and text.endswith("\n") and text.count("\r") == 4
+    # a shorter line must cover the longer one before it
+    assert len(text.split("\r")[-2]) >= len(text.split("\r")[2].rstrip())
+
+
+def test_resumed_progress_does_not_count_old_work_in_the_rate():
+    progress = Progress(100, "steps", "x", done=90, stream=io.StringIO())
+    assert progress.line() == "x: 90/100 steps"
+    progress._start -= 10.0
+    progress.update(5)
+    assert progress.line().startswith("x: 95/100 steps, 2 s each, ETA 0:10")
+
+
+def test_duration_and_table():
+    assert [duration(s) for s in (0, 7.4, 754, 3723, -1)] == [
+        "0:00",
+        "0:07",
+        "12:34",
+        "1:02:03",
+        "0:00",
+    ]
+    shown = table([["start", "6.8 %"], ["round 1", "28.9 %"]], ["", "pass rate"])
+    assert shown.splitlines() == [
+        "         pass rate",
+        "-------  ---------",
+        "start        6.8 %",
+        "round 1     28.9 %",
+    ]
