@@ -75,7 +75,8 @@ def _logits(hidden: Array, matrix: Array, temperature: float) -> Float[Array, "c
 
 
 def _entropy(z: Array, lse: Array, axis: str | None) -> Float[Array, " c"]:
-    return lse - vocab.total((jnp.exp(z - lse[:, None]) * z).sum(-1), axis)
+    log_p = z - lse[:, None]
+    return vocab.total(-(jnp.exp(log_p) * log_p).sum(-1), axis)
 
 
 def _chunk_values(cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, w_t: Array):

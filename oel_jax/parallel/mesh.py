@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -59,7 +60,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     Dimensions named 'embed' in a weight are gathered simply by passing None in their place.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return x
+        return jnp.asarray(x)
     return jax.reshard(x, spec(*logical))
 
 
@@ -79,6 +80,8 @@ def shardings(mesh: Mesh, axes: Any) -> Any:
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
     """Host arrays [rows, ...] -> device arrays with rows split over 'fsdp'."""
-    return jax.tree.map(
-        lambda a: jax.device_put(a, NamedSharding(mesh, spec("batch", *[None] * (a.ndim - 1)))), tree
-    )
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, spec("batch", *[None] * (array.ndim - 1))))
+
+    return jax.tree.map(put, tree)

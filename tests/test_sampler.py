@@ -1,0 +1,221 @@
+"""The sampler: cached decoding equals the full forward, slots are independent, sampling is right."""
+
+import jax
+import numpy as np
+import pytest
+
+from oel_jax.errors import UserError
+from oel_jax.lm.language_model import load_model
+from oel_jax.lm.sampler import Request, Sampler, request_key
+from oel_jax.lm.sampling import Sampling, sample
+from oel_jax.lm.slots import decode
+from oel_jax.parallel.mesh import make_mesh
+
+LIMIT, STOPS = 290, (5, 7)  # 304 embedding rows; ids from 290 on are taken for padding
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return load_model(tiny_models["qwen3_tied"])
+
+
+@pytest.fixture(scope="module")
+def requests():
+    draw = np.random.default_rng(0)
+    return [
+        Request(
+            draw.integers(0, 300, int(draw.integers(1, 70))).tolist(),
+            request_key("test", index),
+            int(draw.integers(1, 20)),
+            index,
+        )
+        for index in range(24)
+    ]
+
+
+def make(model, mesh=None, how=None, **changes):
+    settings = dict(slots=8, max_len=96, max_new=24, limit=LIMIT, stop_ids=STOPS, prefill_rows=8)
+    mesh = mesh or model.mesh
+    return Sampler(model.cfg, mesh, how=how or Sampling(0.7), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def answers(model, requests):
+    return make(model).generate(model.params, requests)
+
+
+def test_responses_are_well_formed(requests, answers):
+    assert [a.tag for a in answers] == list(range(len(requests)))
+    for request, answer in zip(requests, answers, strict=True):
+        assert 1 <= len(answer.ids) <= request.max_new
+        assert answer.stopped == (answer.ids[-1] in STOPS)
+        assert answer.stopped or len(answer.ids) == request.max_new
+        assert not set(answer.ids[:-1]) & set(STOPS)
+        assert max(answer.ids) < LIMIT
+    assert len({len(a.ids) for a in answers}) > 5
+    assert any(a.stopped for a in answers)  # several stop ids end a response
+
+
+def test_cached_log_probs_equal_the_full_forward(model, requests, answers):
+    worst = 0.0
+    pairs = list(zip(requests, answers, strict=True))
+    logits = np.asarray(model.logits([[*r.prompt, *a.ids] for r, a in pairs]))
+    for (request, answer), z in zip(pairs, logits, strict=True):
+        first = len(request.prompt) - 1
+        expected = jax.nn.log_softmax(z[first : first + len(answer.ids), :LIMIT] / 0.7)
+        chosen = expected[np.arange(len(answer.ids)), np.array(answer.ids)]
+        worst = max(worst, float(np.abs(chosen - answer.log_probs).max()))
+    assert worst <= 1e-4, worst
+
+
+def test_greedy_is_transformers_argmax(tiny_models, model, requests):
+    torch = pytest.importorskip("torch", reason="compares with transformers' PyTorch model")
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["qwen3_tied"]).eval()
+    answers = make(model, how=Sampling(0.0), limit=304, stop_ids=(2,)).generate(
+        model.params, requests
+    )
+    compared = 0
+    for request, answer in zip(requests, answers, strict=True):
+        sequence = torch.tensor([[*request.prompt, *answer.ids]])
+        with torch.no_grad():
+            z = theirs(sequence).logits[0, len(request.prompt) - 1 : -1].numpy()
+        two = np.sort(z, axis=-1)[:, -2:]
+        clear = two[:, 1] - two[:, 0] > 1e-4  # a tie may fall either way
+        compared += clear.sum()
+        assert (z.argmax(-1) == answer.ids)[clear].all()
+    assert compared > 100
+
+
+def test_answers_do_not_depend_on_the_batch(model, requests, answers):
+    """Other slot counts, other dispatch lengths, other neighbours, other order, alone."""
+    runs = {
+        "16 slots": make(model, slots=16).generate(model.params, requests),
+        "1 token a dispatch": make(model, decode_steps=1).generate(model.params, requests),
+        "reversed": make(model).generate(model.params, requests[::-1])[::-1],
+    }
+    for name, other in runs.items():
+        assert [a.ids for a in other] == [a.ids for a in answers], name
+    for index in (3, 17):
+        alone = make(model).generate(model.params, [requests[index]])[0]
+        assert alone.ids == answers[index].ids
+        np.testing.assert_array_equal(alone.log_probs, answers[index].log_probs)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("how", [Sampling(0.7), Sampling(0.7, 20, 0.8), Sampling(0.0)])
+def test_mesh_equals_one_device(model, requests, shape, how):
+    expected = make(model, how=how).generate(model.params, requests[:10])
+    mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
+    split = load_model(model.directory, mesh=mesh)
+    on_mesh = make(model, mesh, how).generate(split.params, requests[:10])
+    assert [a.ids for a in on_mesh] == [a.ids for a in expected]
+
+
+def test_a_key_is_a_stream_of_its_own(model, requests):
+    again = Request(requests[0].prompt, request_key("test", "other"), 20)
+    same, other = (
+        make(model).generate(model.params, [r])[0].ids
+        for r in (Request(requests[0].prompt, requests[0].key, 20), again)
+    )
+    assert same != other
+    keys = {request_key("a", 1, 23).tobytes(), request_key("a", 12, 3).tobytes()}
+    assert len(keys) == 2  # parts are separated, not glued
+
+
+def test_decoding_updates_the_cache_in_place(model):
+    """The compiled step holds no second cache: temporaries stay far below its size."""
+    sampler = make(model, slots=64, max_len=512)
+    with jax.set_mesh(model.mesh):
+        compiled = decode.lower(
+            model.cfg, model.params, sampler._state, np.int32(4), how=Sampling(0.7), limit=LIMIT,
+            stop_ids=STOPS,
+        ).compile()
+    cache = sum(leaf.nbytes for leaf in sampler._state.cache)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache
+    # One layer's keys and values are read out at a time; a copy of the cache would add all layers.
+    assert memory.temp_size_in_bytes < cache
+
+
+# --- one draw -------------------------------------------------------------------------------------
+
+
+def frequencies(how, z, limit, draws=20_000):
+    keys = np.stack([request_key("draw", index) for index in range(draws)])
+    logits = np.broadcast_to(z, (draws, len(z)))
+    token, log_prob = jax.jit(sample, static_argnums=(0, 1))(
+        how, limit, logits, keys, np.zeros(draws, np.int32)
+    )
+    return np.bincount(token, minlength=len(z)) / draws, np.asarray(token), np.asarray(log_prob)
+
+
+def expected_distribution(how, z, limit):
+    """Spec section 5, the order of vLLM: temperature, then top-k, then top-p; plain NumPy."""
+    z = np.asarray(z, np.float64)[:limit] / how.temperature
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    keep = np.ones(limit, bool)
+    if how.top_k:
+        keep[order[how.top_k :]] = False
+    p = np.where(keep, p, 0.0)
+    p /= p.sum()
+    if how.top_p < 1.0:
+        before = np.cumsum(p[order]) - p[order]
+        keep[order[before >= how.top_p]] = False
+        p = np.where(keep, p, 0.0)
+        p /= p.sum()
+    return p
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(0.7),
+        Sampling(1.3),
+        Sampling(0.7, 20, 0.8),
+        Sampling(0.7, 3, 1.0),
+        Sampling(1.0, 0, 0.6),
+        Sampling(0.7, 1, 1.0),
+        Sampling(0.7, 500, 0.9),
+    ],
+)
+def test_draws_follow_the_distribution(how):
+    z = np.random.default_rng(2).normal(size=32).astype(np.float32) * 2
+    limit = 28
+    expected = expected_distribution(how, z, limit)
+    seen, _, _ = frequencies(how, z, limit)
+    assert not seen[limit:].any() and not seen[:limit][expected == 0].any()
+    error = np.sqrt(expected * (1 - expected) / 20_000)
+    assert (np.abs(seen[:limit] - expected) <= 4.5 * error + 1e-9).all()
+
+
+def test_log_prob_is_the_plain_one_at_the_temperature():
+    z = np.random.default_rng(2).normal(size=32).astype(np.float32)
+    _, token, log_prob = frequencies(Sampling(0.7, 5, 0.8), z, 28, draws=50)
+    expected = jax.nn.log_softmax(z[:28] / 0.7)
+    np.testing.assert_allclose(log_prob, np.asarray(expected)[token], atol=1e-6)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_cannot_fit_says_what_to_change(model):
+    sampler = make(model)
+    with pytest.raises(UserError, match=r"config\.sampler\.max_len"):
+        sampler.submit([Request([1] * 90, request_key(0), 20)])
+    with pytest.raises(UserError, match="empty prompt"):
+        sampler.submit([Request([], request_key(0), 20)])
+    with pytest.raises(UserError, match="new tokens"):
+        sampler.submit([Request([1], request_key(0), 25)])
+    sampler.submit([Request([1] * 76, request_key(0), 20)])  # exactly full
+    (done,) = [c for _ in range(4) for c in sampler.poll(model.params)]
+    assert len(done.ids) <= 20
+
+
+def test_slots_must_fit_the_mesh(model):
+    mesh = make_mesh(4, 2)
+    with pytest.raises(UserError, match=r"config\.sampler\.slots=6"):
+        make(model, mesh, slots=6)
