@@ -16,6 +16,10 @@ from oel_jax import knowledge, prompts
 from oel_jax.config_rules import HELD_OUT_BOARDS, PRESETS, rules
 from oel_jax.errors import UserError
 
+# Most turns of a game: games.MAX_TURNS, which is out of reach here because the server side, which
+# never imports a game, reads this module.
+MAX_TURNS = 5
+
 # Deploy seeds of two rounds are 10,000 games apart (spec 3.2).
 GAMES_PER_ROUND = 10_000
 
@@ -46,7 +50,6 @@ def default() -> ml_collections.ConfigDict:
 
     c.game = ml_collections.ConfigDict()
     c.game.name = "frozen_lake"  # 'frozen_lake', 'sokoban', or a game that you registered
-    c.game.max_turns = 5  # a game is over after this many responses
     c.game.layout = "released"  # prompt layout: 'released' (with its quirks) or 'paper'
 
     c.sampler = s = ml_collections.ConfigDict()
@@ -192,7 +195,7 @@ def extractor_budget(config: ml_collections.ConfigDict) -> tuple[int, int]:
     knowledge is shown. The response may be l_max long, thinking included.
     """
     e = config.extract
-    history = (config.sampler.max_response + 512) * config.game.max_turns + 1024
+    history = (config.sampler.max_response + 512) * MAX_TURNS + 1024
     return e.max_prompt or history + (e.l_max if e.previous else 0), e.l_max
 
 
@@ -232,6 +235,15 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+def check_field(path: str) -> None:
+    """UserError with the nearest name if there is no config field `path`, e.g. 'loss.top_k'."""
+    table = rules()
+    if path not in table:
+        close = difflib.get_close_matches(path, table, n=1)
+        hint = f"; did you mean config.{close[0]}?" if close else "; see oel_jax/config.py"
+        raise UserError(f"config.{path} is not a field{hint}")
+
+
 def _refuse(path: str, value: Any, must: str) -> None:
     raise UserError(f"config.{path} is {value!r}; it must be {must}")
 
@@ -253,10 +265,7 @@ def validate(
     """
     fields, table = leaves(config.to_dict()), rules()
     for path in fields:
-        if path not in table:
-            close = difflib.get_close_matches(path, table, n=1)
-            hint = f"; did you mean config.{close[0]}?" if close else "; see oel_jax/config.py"
-            raise UserError(f"config.{path} is not a field{hint}")
+        check_field(path)
     for path, rule in table.items():
         if path not in fields:
             raise UserError(f"config.{path} is missing; start from oel_jax.config.default()")

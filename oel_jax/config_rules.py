@@ -92,7 +92,7 @@ def rules() -> dict[str, Rule]:
     groups: dict[str, dict[str, Rule]] = {
         "model": {"path": _text, "dtype": _DTYPE, "thinking": _FLAG, "attention_block": _POSITIVE},
         "mesh": {"tp": _POSITIVE},
-        "game": {"name": _text, "max_turns": _POSITIVE, "layout": _choice("released", "paper")},
+        "game": {"name": _text, "layout": _choice("released", "paper")},
         "sampler": {
             **dict.fromkeys(
                 ("slots", "decode_steps", "prefill_rows", "max_prompt", "max_response"), _POSITIVE

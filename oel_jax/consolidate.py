@@ -63,6 +63,9 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         thinking=config.model.thinking,
         block=config.model.attention_block,
     )
+    # Which prompts a cached prefix is made from must not depend on where a run goes on.
+    first = prefixes(read(run.workdir.deploy_games(round_number, 1)))
+    examples = [prefix.prompt for prefix in first[:16]]
     tx = optimizer(settings)
     dtype = DTYPES[config.model.dtype]
     step_config = StepConfig(
@@ -86,7 +89,9 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         label = f"round {round_number} consolidate"
         with run.progress(settings.steps, "steps", label, done=student.step) as progress:
             while student.step < settings.steps:
-                values = _step(run, round_number, student, teacher, sampler, step_config, tx)
+                values = _step(
+                    run, round_number, student, teacher, examples, sampler, step_config, tx
+                )
                 note = f"loss {values['loss']:.4f}, {values['response_tokens']:.1f} tokens/answer"
                 if student.step % settings.save_every == 0 and student.step < settings.steps:
                     checkpoints.save(
@@ -146,7 +151,10 @@ def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         run.workdir.checkpoints(round_number),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=1, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=1,
+            create=True,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         ),
     )
 
@@ -172,6 +180,7 @@ def _step(
     round_number: int,
     student: _Student,
     teacher: Teacher,
+    examples: list[str],
     sampler: Sampler,
     step_config: StepConfig,
     tx: Any,
@@ -179,7 +188,7 @@ def _step(
     """One optimizer step: rollouts, teacher and student on packed micro-batches, update."""
     settings, number = run.config.consolidate, student.step + 1
     began = time.monotonic()
-    samples, stopped = _rollouts(run, round_number, number, student, teacher, sampler)
+    samples, stopped = _rollouts(run, round_number, number, student, teacher, examples, sampler)
     rolled_out = time.monotonic()
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
     weights = sample_weights(samples, batches, run.config.loss.aggregation)
@@ -207,6 +216,7 @@ def _rollouts(
     number: int,
     student: _Student,
     teacher: Teacher,
+    examples: list[str],
     sampler: Sampler,
 ) -> tuple[list[Sample], int]:
     """The student's answers to all prefixes of the step, each with its knowledge text drawn."""
@@ -233,7 +243,7 @@ def _rollouts(
     answers = sampler.generate(weights, requests)
     samples = []
     for prefix, text, answer in zip(batch, drawn, answers, strict=True):
-        teacher.prepare(text, [other.prompt for other in batch[:16]])
+        teacher.prepare(text, examples)
         shared, suffix = teacher.split(text, prefix.prompt)
         samples.append(
             Sample(prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text)
@@ -294,15 +304,28 @@ def _report(run: Run, round_number: int, teacher: Teacher) -> None:
         if (row["stage"], row["round"]) == ("consolidate", round_number)
     ]
     shown = [rows[0], rows[len(rows) // 2], rows[-1]] if len(rows) > 2 else rows
-    names = ["loss", "mass_topk", "student_entropy", "response_tokens", "grad_norm"]
+    columns = {  # shown name -> metric, digits after the point
+        "loss": ("loss", 4),
+        "top-k mass": ("mass_topk", 5),
+        "entropy": ("student_entropy", 4),
+        "tokens/answer": ("response_tokens", 1),
+        "gradient norm": ("grad_norm", 3),
+    }
     print(
         table(
-            [[row["step"], *(f"{row[name]:.4g}" for name in names)] for row in shown],
-            ["step", "loss", "top-k mass", "entropy", "tokens/answer", "grad norm"],
+            [
+                [
+                    row["step"],
+                    *(f"{float(row[key]):.{digits}f}" for key, digits in columns.values()),
+                ]
+                for row in shown
+            ],
+            ["step", *columns],
         )
     )
     held = teacher.encoded
-    print(
-        f"teacher prefixes: {len(held)} encoded once this round, "
-        f"{sum(len(p.ids) for p in held)} tokens, {cache_bytes(held) / 1e6:.1f} MB"
-    )
+    if held:
+        print(
+            f"the teacher read {len(held)} knowledge text(s) once, "
+            f"{sum(len(p.ids) for p in held)} tokens kept as {cache_bytes(held) / 1e6:.1f} MB"
+        )

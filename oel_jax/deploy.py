@@ -157,13 +157,23 @@ def deploy(run: Run, round_number: int) -> list[Path]:
         )
         for step in range(1, config.consolidate.steps + 1)
     ]
-    rows = []
+    rows, values = [], {}
     for purpose, files, how in (
         ("extract", knowledge_files, sampling(config.extract)),
         ("deploy", prefix_files, sampling(config.deploy)),
     ):
-        rows.append(_collect(run, model, round_number, purpose, files, how))
-    print(table(rows, ["games for", "games", "prefixes", "turns/game", "tokens/turn", "cut off"]))
+        stats = _collect(run, model, round_number, purpose, files, how)
+        count, turns, tokens, cut = (int(value) for value in stats)
+        values |= {
+            f"{purpose}_turns": (turns, count),
+            f"{purpose}_response_tokens": (tokens, turns),
+            f"{purpose}_cut_off": (cut, turns),
+        }
+        shares = f"{turns / count:.2f}", f"{tokens / turns:.1f}", f"{cut / turns:.1%}"
+        rows.append([_PURPOSE[purpose], count, turns, *shares])
+    run.metrics.rewind("deploy", round_number, round_number - 1)
+    run.metrics.scalars("deploy", round_number, values, round=round_number)
+    print(table(rows, ["games for", "games", "answers", "turns/game", "tokens/answer", "cut off"]))
     return [file.path for file in knowledge_files + prefix_files]
 
 
@@ -174,8 +184,8 @@ def _collect(
     purpose: str,
     files: list[_File],
     how: Sampling,
-) -> list[object]:
-    """Play what is missing of one collection, file by file in order; returns a table row."""
+) -> np.ndarray:
+    """Play what is missing of one collection, file by file in order; returns sums as `_count`."""
     config = run.config
     files[0].path.parent.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = []
@@ -192,13 +202,13 @@ def _collect(
             Job(seed, parts, chain=file.chain, tag=file) for seed in file.seeds if seed not in have
         ]
     total = sum(len(file.seeds) for file in files)
-    label = f"round {round_number} deploy: games for {_PURPOSE[purpose]}"
-    stats = np.zeros(4, np.int64)  # games, turns, response tokens, responses cut off
+    label = f"round {round_number} deploy for {_PURPOSE[purpose]}"
+    stats = np.zeros(4, np.int64)
     for game in before:
         stats += _count(game.turns, model.tokenizer.stop_ids)
     with run.progress(total, "games", label, done=len(before)) as progress:
         if jobs:
-            slots = min(config.sampler.slots, len(jobs))
+            slots = min(config.sampler.slots, total)  # not what is left: a resumed run is the same
             sampler = run.sampler(
                 model,
                 how,
@@ -208,19 +218,7 @@ def _collect(
             )
             games_played = in_order(play(run, model, sampler, jobs, slots, progress), jobs)
             _write(run, round_number, purpose, games_played, stats, model)
-    count, turns, tokens, cut = (int(value) for value in stats)
-    run.metrics.scalars(
-        "deploy",
-        round_number,
-        {
-            f"{purpose}_turns": (turns, count),
-            f"{purpose}_response_tokens": (tokens, turns),
-            f"{purpose}_cut_off": (cut, turns),
-        },
-        round=round_number,
-    )
-    shares = f"{turns / count:.2f}", f"{tokens / turns:.1f}", f"{cut / turns:.1%}"
-    return [_PURPOSE[purpose], count, turns, *shares]
+    return stats
 
 
 _PURPOSE = {"extract": "knowledge", "deploy": "prefixes"}

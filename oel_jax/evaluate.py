@@ -19,7 +19,7 @@ from oel_jax.lm.language_model import LanguageModel
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval
-from oel_jax.workdir import read_json, write_json
+from oel_jax.workdir import read_json, write_bytes, write_json
 
 
 def evaluate(
@@ -57,11 +57,11 @@ def evaluate(
     ]
     log = file.with_suffix(".games.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
-    records = _recover(log)
+    records = _recover(log, jobs)
     left = jobs[len(records) :]
     with run.progress(len(jobs), "games", label, done=len(records)) as progress:
         if left:
-            slots = min(run.config.sampler.slots, len(left))
+            slots = min(run.config.sampler.slots, len(jobs))  # as in a run that was not interrupted
             prompt, response = play_budget(run.config, False)
             if texts:
                 prompt += _knowledge_tokens(model, texts)
@@ -97,15 +97,26 @@ def _record(played: Played) -> dict[str, Any]:
     }
 
 
-def _recover(log: Path) -> list[dict[str, Any]]:
-    """Games of an interrupted evaluation, in order; a torn last line is dropped."""
+def _recover(log: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Games of an interrupted evaluation, in the order of `jobs`.
+
+    Kept up to the first line that is torn or is not the game of `jobs` (the config was changed).
+    """
     if not log.exists():
         return []
     lines = log.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if len(whole) < len(lines):
-        log.write_bytes(b"".join(whole))
-    return [json.loads(line) for line in whole]
+    records: list[dict[str, Any]] = []
+    for line, job in zip(lines, jobs, strict=False):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or (record["seed_index"], record["map"]) != job.tag:
+            break
+        records.append(record)
+    if len(records) < len(lines):
+        write_bytes(log, b"".join(lines[: len(records)]))
+    return records
 
 
 def _seen_boards(run: Run, round_number: int) -> set[str]:
@@ -119,7 +130,7 @@ def _seen_boards(run: Run, round_number: int) -> set[str]:
 
 
 def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> dict[str, Any]:
-    """Pass rates as fractions, intervals, lengths; the raw outcomes stay for later analysis."""
+    """Pass rates as fractions, intervals, lengths, and which games were won."""
     config = run.config.evaluate
     shape = (config.seeds, config.maps)
     passes = np.array([record["passed"] for record in records]).reshape(shape)
@@ -134,6 +145,7 @@ def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> di
         "games": len(records),
         "boards": len(set(boards)),
         "per_seed": passes.mean(axis=1).tolist(),
+        "passed": ["".join("01"[won] for won in row) for row in passes.astype(int)],
     }
     limits = games.bounds(run.config.game.name)
     if limits is not None:

@@ -17,7 +17,6 @@ from oel_jax.config import extraction_template, extractor_budget
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
 from oel_jax.lm.sampler import Completion, Request
-from oel_jax.metrics import table
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, read
 from oel_jax.workdir import read_json, write_json
@@ -42,6 +41,9 @@ def extract(run: Run, round_number: int) -> list[Path]:
     longest_prompt, budget = extractor_budget(run.config)
     # Steps generated together: one while a step needs the text of the last.
     width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
+    # Some chat templates begin the thought themselves; then the answer shows only its end.
+    tokenizer, thinking = extractor.tokenizer, run.config.model.thinking
+    opened = tokenizer.decode(tokenizer.chat("", thinking=thinking)).rstrip().endswith("<think>")
     sampler = run.sampler(
         extractor,
         sampling(config),
@@ -50,7 +52,8 @@ def extract(run: Run, round_number: int) -> list[Path]:
         slots=width * config.chains,
     )
     first = min(chain.done for chain in chains)
-    label = f"round {round_number} extract: calls of {config.chains} chains"
+    _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics
+    label = f"round {round_number} extract"
     done = sum(chain.done for chain in chains)
     with run.progress(config.n_run * len(chains), "calls", label, done=done) as progress:
         for start in range(first + 1, config.n_run + 1, width):
@@ -63,10 +66,10 @@ def extract(run: Run, round_number: int) -> list[Path]:
             ]
             for answer in sampler.generate(extractor.params, requests):
                 chain, step = answer.tag
-                _absorb(run, extractor, round_number, chain, step, answer)
+                _absorb(run, extractor, round_number, chain, step, answer, opened)
                 progress.update()
             _log(run, round_number, steps)
-    return _finish(run, round_number, extractor)
+    return _finish(run, round_number)
 
 
 def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
@@ -113,11 +116,12 @@ def _absorb(
     chain: _Chain,
     step: int,
     answer: Completion,
+    opened: bool,
 ) -> None:
     """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9)."""
     config = run.config.extract
     response = extractor.tokenizer.decode(answer.ids)
-    stripped, finished = knowledge.strip_thought(response, config.unfinished_thought)
+    stripped, finished = knowledge.strip_thought(response, config.unfinished_thought, opened=opened)
     parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
     text = knowledge.append(chain.text, parsed)
     chain.text = knowledge.truncate(
@@ -171,16 +175,15 @@ def _log(run: Run, round_number: int, steps: range) -> None:
         )
 
 
-def _finish(run: Run, round_number: int, extractor: LanguageModel) -> list[Path]:
-    """Write the pool of texts after n steps and a short table."""
+def _finish(run: Run, round_number: int) -> list[Path]:
+    """Write the pool of texts after n steps and print a short overview."""
     config, workdir = run.config.extract, run.workdir
     used = _records(run, round_number, config.n)
     texts = [record["text"] for record in used]
     pool = workdir.knowledge(round_number)
     write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
-    rows = []
-    calls = 0
-    unfinished = 0
+    calls = unfinished = 0
+    print(f"knowledge after {config.n} games, newest line of each chain:")
     for record in used:
         chain = record["chain"]
         steps = [
@@ -190,12 +193,11 @@ def _finish(run: Run, round_number: int, extractor: LanguageModel) -> list[Path]
         calls += len(steps)
         unfinished += sum(not step["thought_finished"] for step in steps)
         lines = [line for line in record["text"].split("\n") if line.strip()]
-        example = lines[-1] if lines else "(empty)"
-        tokens = record["knowledge_tokens"]
-        rows.append([chain, len(lines), tokens, example[:72]])
-        run.metrics.text(f"knowledge/chain_{chain:02d}", config.n, record["text"], "extract",
-                         round_number)
-    print(table(rows, ["chain", "lines", "tokens", "newest line"]))
+        newest = lines[-1].removeprefix(config.item_marker).strip() if lines else "(empty)"
+        size = f"{len(lines)} line(s), {record['knowledge_tokens']} token(s)"
+        print(f"  chain {chain}: {size}: {newest[:72]}")
+        name = f"knowledge/chain_{chain:02d}"
+        run.metrics.text(name, config.n, record["text"], "extract", round_number)
     if unfinished:
         what = "dropped" if config.unfinished_thought == "drop" else "kept as knowledge"
         print(

@@ -19,6 +19,7 @@ from typing import Any
 
 from oel_jax.consolidate import consolidate
 from oel_jax.deploy import deploy
+from oel_jax.errors import UserError
 from oel_jax.evaluate import evaluate
 from oel_jax.extract import extract
 from oel_jax.metrics import duration, table
@@ -53,10 +54,12 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
                 continue
             missing = _missing(run, number, stage)
             if missing:
-                print(
-                    f"round {number}: {stage} needs {' and '.join(missing)} first; add it to "
-                    f"--stages and run the same command again"
-                )
+                _summary(run)
+                needs = f"round {number}: {stage} needs {' and '.join(missing)} first; add it to "
+                needs += "--stages and run the same command again"
+                if missing != [_before(number)]:
+                    raise UserError(needs)
+                print(needs)  # the last round's model is not there: as far as these stages go
                 return
             _stage(run, number, stage, work[stage])
         _summary(run)
@@ -68,8 +71,12 @@ def _missing(run: Run, number: int, stage: str) -> list[str]:
     """Unfinished stages that `stage` of this round builds on."""
     missing = [need for need in _NEEDS[stage] if not run.workdir.finished(number, need)]
     if number > 1 and not run.workdir.finished(number - 1, "consolidate"):
-        missing.append(f"consolidate of round {number - 1}")
+        missing.append(_before(number))
     return missing
+
+
+def _before(number: int) -> str:
+    return f"consolidate of round {number - 1}"
 
 
 def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> None:
@@ -88,7 +95,7 @@ def _evaluate_start(run: Run) -> list[Path]:
     """P_1 without knowledge: where the run starts from."""
     file = run.workdir.start_evaluation
     result = evaluate(
-        run, run.policy(1), file, round_number=0, name="start", label="start: evaluate"
+        run, run.policy(1), file, round_number=0, name="start", label="evaluate starting model"
     )
     _log(run, 0, "start", 0, result)
     print(f"starting model: {_rate(result)}, {result['response_tokens']:.1f} tokens/answer")
@@ -99,23 +106,23 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
     """P_r with knowledge in context, and P_{r+1} without."""
     workdir, config = run.workdir, run.config.evaluate
     files = []
-    if config.in_context or config.curve:
-        policy = run.policy(number)
-        points = {f"curve_{n:03d}": n for n in config.curve}
-        if config.in_context:
-            points["in_context"] = run.config.extract.n
-        for name, n in points.items():
-            files.append(workdir.evaluation(number, name))
-            result = evaluate(
-                run,
-                policy,
-                files[-1],
-                round_number=number,
-                name=f"knowledge_{n}",
-                label=f"round {number} evaluate: knowledge of {n} games in context",
-                texts=_texts(run, number, n),
-            )
-            _log(run, number, "in_context", n, result)
+    points = {n: f"curve_{n:03d}" for n in config.curve}
+    if config.in_context:
+        points[run.config.extract.n] = "in_context"
+    policy = run.policy(number) if points else None
+    for n in sorted(points):
+        files.append(workdir.evaluation(number, points[n]))
+        result = evaluate(
+            run,
+            policy,
+            files[-1],
+            round_number=number,
+            name=f"knowledge_{n}",
+            label=f"round {number} evaluate knowledge of {n} games in context",
+            texts=_texts(run, number, n),
+        )
+        _log(run, number, "in_context", n, result)
+    del policy  # one model at a time
     files.append(workdir.evaluation(number, "consolidated"))
     result = evaluate(
         run,
@@ -123,7 +130,7 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
         files[-1],
         round_number=number,
         name="consolidated",
-        label=f"round {number} evaluate: consolidated",
+        label=f"round {number} evaluate consolidated model",
     )
     _log(run, number, "consolidated", run.config.consolidate.steps, result)
     return files
@@ -153,7 +160,7 @@ def _log(run: Run, number: int, name: str, step: int, result: dict[str, Any]) ->
     )
 
 
-_KEPT = ("pass_rate", "ci95", "response_tokens", "turns", "unseen")
+_KEPT = ("pass_rate", "ci95", "response_tokens")
 
 
 def _short(file: Path) -> dict[str, Any] | None:
@@ -161,7 +168,7 @@ def _short(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     result = read_json(file)
-    return {name: result[name] for name in _KEPT if name in result}
+    return {name: result[name] for name in _KEPT}
 
 
 def _summary(run: Run) -> None:
@@ -189,30 +196,34 @@ def _rate(result: dict[str, Any] | None) -> str:
 
 def _round_table(run: Run, number: int) -> str:
     """The short table that ends a round."""
-    workdir = run.workdir
+    workdir, config = run.workdir, run.config.evaluate
     before = (
         workdir.start_evaluation if number == 1 else workdir.evaluation(number - 1, "consolidated")
     )
-    rows = []
-    lines = {
+    files = {
         "before, without knowledge": before,
         "before, knowledge in context": workdir.evaluation(number, "in_context"),
         "after consolidation": workdir.evaluation(number, "consolidated"),
     }
-    for name, file in lines.items():
+    last = read_json(workdir.evaluation(number, "consolidated"))
+    unseen = last.get("unseen", {"maps": 0})["maps"]
+    headers = [f"round {number}", "pass rate [95 % interval]", "tokens/answer"]
+    if unseen:
+        headers.append(f"{unseen} maps not met in deployment")
+    rows = []
+    for name, file in files.items():
         result = read_json(file) if file.exists() else None
-        row = [name, _rate(result)]
-        row.append(f"{result['response_tokens']:.1f}" if result else "-")
-        unseen = (result or {}).get("unseen") or {}
-        row.append(_rate(unseen) if unseen.get("maps") else "no unseen boards")
+        row = [name, _rate(result), f"{result['response_tokens']:.1f}" if result else "-"]
+        if unseen:  # earlier evaluations knew of fewer met boards: another set of maps
+            part = (result or {}).get("unseen", {"maps": 0})
+            row.append(_rate(part) if part["maps"] == unseen else "-")
         rows.append(row)
-    text = table(rows, [f"round {number}", "pass rate [95 %]", "tokens/answer", "unseen boards"])
-    result = read_json(workdir.evaluation(number, "consolidated"))
-    if "random_policy" in result:
+    text = table(rows, headers)
+    text += f"\n{config.maps} held-out maps x {config.seeds} games each"
+    if "random_policy" in last:
         text += (
-            f"\nrandom policy {result['random_policy']:.2%}, perfect play in 5 turns "
-            f"{result['perfect_play']:.1%} of the held-out maps"
+            f"; a random policy passes {last['random_policy']:.2%}, "
+            f"perfect play {last['perfect_play']:.1%}"
         )
-    seconds = workdir.seconds(number)
-    text += "\nseconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
-    return text
+    seconds = (f"{stage} {value:.0f}" for stage, value in workdir.seconds(number).items())
+    return f"{text}\nseconds per stage: {', '.join(seconds)}"

@@ -6,64 +6,67 @@ done. The same command goes on where the last one stopped.
 
 import os
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from oel_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
-_STAGES = flags.DEFINE_list(
-    "stages", ["deploy", "extract", "consolidate", "evaluate"], "Stages to do, in any subset."
-)
-_ALLOW = flags.DEFINE_bool(
+_STAGES = ("deploy", "extract", "consolidate", "evaluate")
+_FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
+flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
+flags.DEFINE_list("stages", list(_STAGES), "Stages to do, in any subset.")
+flags.DEFINE_bool(
     "allow_config_change", False, "Go on in an old workdir although the config has changed."
 )
 
 
-def _run(_: list[str]) -> None:
-    if _CONFIG.value is None or not _WORKDIR.value:
-        raise UserError(
-            "give --config=FILE and --workdir=DIR, for example\n"
-            "  python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano"
-        )
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    stages: Sequence[str] = _STAGES,
+    *,
+    name: str = "config",
+    allow_config_change: bool = False,
+) -> None:
+    """Run the stages in `workdir`, or go on there; `name` is what the console calls the config.
+
+    Raises:
+      UserError: anything the user can mend, naming the file or field.
+    """
     # Checked before JAX or a model is loaded: a bad value must fail at once.
     from oel_jax import games
     from oel_jax.config import as_json, validate
 
-    config = _CONFIG.value
     remarks = validate(config, games=games.names())
-    stages = [stage.strip() for stage in _STAGES.value if stage.strip()]
-    known = _STAGES.default
-    unknown = [stage for stage in stages if stage not in known]
-    if unknown or not stages:
-        raise UserError(
-            f"--stages={','.join(_STAGES.value)}: choose from {', '.join(known)}"
-        )
+    if not stages or not set(stages) <= set(_STAGES):
+        raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(_STAGES)}")
+
+    import jax
+
+    from oel_jax.loop import learn
     from oel_jax.metrics import Metrics
+    from oel_jax.parallel.mesh import make_mesh
+    from oel_jax.run import Run, check_model, start_directory
     from oel_jax.workdir import Workdir
 
-    with Workdir(_WORKDIR.value).open(as_json(config), allow_change=_ALLOW.value) as workdir:
-        import jax
-
-        from oel_jax.loop import learn
-        from oel_jax.parallel.mesh import make_mesh
-        from oel_jax.run import Run
-
-        _compilation_cache(jax, config.compilation_cache)
+    _compilation_cache(jax, config.compilation_cache)
+    mesh = make_mesh(config.mesh.fsdp, config.mesh.tp)
+    # Before the workdir exists: it would remember a config that cannot run.
+    check_model(config, start_directory(config), mesh)
+    with Workdir(workdir).open(as_json(config), allow_change=allow_config_change) as opened:
         for remark in remarks:
             print(f"note: {remark}")
-        devices = jax.devices()
-        print(
-            f"oel_jax: {len(devices)} {devices[0].device_kind} device(s), config "
-            f"{Path(flags.FLAGS['config'].config_filename).name}, workdir {workdir.root}"
-        )
-        mesh = make_mesh(config.mesh.fsdp, config.mesh.tp)
-        with Metrics(workdir, config.log.tensorboard) as metrics:
-            learn(Run(config, workdir, metrics, mesh), stages)
-        print(f"\nfiles: {workdir.root}   curves: tensorboard --logdir {workdir.root.parent}")
+        devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s)"
+        print(f"oel_jax: {devices}, config {name}, workdir {opened.root}")
+        with Metrics(opened, config.log.tensorboard) as metrics:
+            learn(Run(config, opened, metrics, mesh), stages)
+        print(f"\nfiles: {opened.root}   curves: tensorboard --logdir {opened.root.parent}")
 
 
 def _compilation_cache(jax, setting: str) -> None:
@@ -75,14 +78,66 @@ def _compilation_cache(jax, setting: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def main(argv: list[str]) -> None:
+def _check_arguments(argv: Sequence[str]) -> None:
+    """What absl would answer with a traceback: no such config file, no such config field."""
+    from oel_jax.config import check_field
+
+    for argument, following in pairwise([*argv[1:], ""]):
+        flag, equals, value = argument.partition("=")
+        flag = flag.lstrip("-")
+        if not argument.startswith("-"):
+            continue
+        if flag == "config":
+            file = (value if equals else following).partition(":")[0]
+            if not file.endswith(".py") or not Path(file).is_file():
+                raise UserError(
+                    f"--config={file}: there is no such Python file; try one of configs/*.py"
+                )
+        elif flag.removeprefix("no").startswith("config."):
+            check_field(flag.removeprefix("no").removeprefix("config."))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with one message and exit status 2 for every mistake."""
+    try:
+        _check_arguments(argv)
+        rest = _FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is no flag; config fields are set by --config.NAME=VALUE")
+        return rest
+    except flags.Error as error:
+        own, cause = error, error.__context__
+        while cause is not None:  # ml_collections wraps what get_config raised in tracebacks
+            own = cause if isinstance(cause, UserError) else own
+            cause = cause.__context__
+        _fail(own)
+    except UserError as error:
+        _fail(error)
+
+
+def _fail(error: BaseException) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(_: list[str]) -> None:
     """Run, and turn what a user can mend into one message and an exit status."""
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX report every file they touch
     try:
-        _run(argv)
+        if _FLAGS.config is None or not _FLAGS.workdir:
+            raise UserError(
+                "give --config=FILE and --workdir=DIR, for example\n"
+                "  python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano"
+            )
+        run(
+            _FLAGS.config,
+            _FLAGS.workdir,
+            [stage.strip() for stage in _FLAGS.stages if stage.strip()],
+            name=Path(_FLAGS["config"].config_filename).name,
+            allow_config_change=_FLAGS.allow_config_change,
+        )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except KeyboardInterrupt:
         print(
             "\nstopped. Finished work is kept; the same command goes on from here.",
@@ -92,4 +147,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

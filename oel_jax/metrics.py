@@ -220,7 +220,8 @@ class Progress:
         seconds = time.monotonic() - self._start
         made = self.done - self._first
         text = f"{self.label}: {self.done}/{self.total} {self.unit}"
-        if made and seconds > 0:
+        # The first few units pay for compilation: a rate from them alone would mislead.
+        if made >= 0.05 * (self.total - self._first) and made and seconds > 0:
             rate = made / seconds
             per = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
             left = (self.total - self.done) / rate

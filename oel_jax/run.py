@@ -13,6 +13,7 @@ from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import DTYPES, LanguageModel, bundled, load_model
 from oel_jax.lm.sampler import Sampler, request_key
 from oel_jax.lm.sampling import Sampling
+from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import Metrics, Progress
 from oel_jax.workdir import Workdir
 
@@ -36,19 +37,13 @@ class Run:
     def policy_directory(self, round_number: int) -> Path:
         """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
         if round_number == 1:
-            return resolve(bundled(self.config.model.path))
+            return start_directory(self.config)
         return self.workdir.policy(round_number - 1)
 
     def load(self, directory: Path, dtype: str | None = None) -> LanguageModel:
         """Load a model in the compute dtype (or another) and check the config against it."""
-        cfg = ModelConfig.from_directory(directory)
-        model = LanguageModel(directory, cfg, self.mesh, {})
-        devices = self.mesh.devices.size
-        validate_against_model(self.config, cfg, model.tokenizer.vocab_size, devices)
-        model.params = load_model(
-            directory, dtype=dtype or self.config.model.dtype, mesh=self.mesh
-        ).params
-        return model
+        check_model(self.config, directory, self.mesh)
+        return load_model(directory, dtype=dtype or self.config.model.dtype, mesh=self.mesh)
 
     def policy(self, round_number: int) -> LanguageModel:
         """P_r in the compute dtype."""
@@ -97,6 +92,24 @@ class Run:
     def progress(self, total: int, unit: str, label: str, done: int = 0) -> Progress:
         """Console progress with rate and ETA."""
         return Progress(total, unit, label, every=self.config.log.console_every, done=done)
+
+
+def start_directory(config: ml_collections.ConfigDict) -> Path:
+    """Hugging Face directory of P_1, downloaded if `config.model.path` is a hub id."""
+    return resolve(bundled(config.model.path))
+
+
+def check_model(
+    config: ml_collections.ConfigDict, directory: Path, mesh: jax.sharding.Mesh
+) -> None:
+    """Check a model's config and tokenizer against the run's config, before weights are read.
+
+    Raises:
+      UserError: the directory is no model that this package runs, or the config does not fit it.
+    """
+    cfg = ModelConfig.from_directory(directory)
+    tokens = load_tokenizer(directory).vocab_size
+    validate_against_model(config, cfg, tokens, mesh.devices.size)
 
 
 def sampling(section: ml_collections.ConfigDict) -> Sampling:

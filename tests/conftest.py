@@ -138,3 +138,16 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2": write_model(root / "qwen2", "qwen2", rope_parameters=rope),
         "llama3": write_model(root / "llama3", "llama", rope_parameters=llama3),
     }
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Workdir of a one-round run with the nano model, never interrupted; copy it, do not change it.
+
+    Made with `tiny_run.tiny_config()`.
+    """
+    import tiny_run
+
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    tiny_run.go(workdir, tiny_run.tiny_config())
+    return workdir

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from oel_jax import config as oel_config
+from oel_jax import games
 from oel_jax.config_rules import rules
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
@@ -71,7 +72,6 @@ def test_every_field_is_commented():
         ("mesh.tp", -1),
         ("game.name", "chess"),
         ("game.layout", "fancy"),
-        ("game.max_turns", 0),
         ("sampler.slots", 0),
         ("sampler.max_len", -1),
         ("sampler.max_len", 8192),
@@ -243,7 +243,8 @@ def test_recipes_are_table_4(name, recipe):
         0.7,
     )
     assert (t.b1, t.b2, t.eps, t.weight_decay, t.clip_norm) == (0.9, 0.999, 1e-8, 0.01, 1.0)
-    assert (c.sampler.max_response, c.game.max_turns, c.evaluate.maps) == (1024, 5, 128)
+    assert (c.sampler.max_response, oel_config.MAX_TURNS, c.evaluate.maps) == (1024, 5, 128)
+    assert oel_config.MAX_TURNS == games.MAX_TURNS
     assert (c.deploy.temperature, c.deploy.top_p, c.deploy.top_k) == (0.7, 1.0, 0)
     for group in (c.extract, c.evaluate):
         assert (group.temperature, group.top_p, group.top_k) == (0.7, 0.8, 20)

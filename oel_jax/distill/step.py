@@ -157,13 +157,13 @@ class Update(NamedTuple):
     skipped: Array  # bool: the norm was not finite, nothing changed
 
 
-@partial(jax.jit, static_argnames=("tx", "clip_norm"), donate_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnames=("tx", "clip_norm"), donate_argnums=(0, 1))
 def update(
     params: Params, state: Any, gradients: Params, *, tx: Any, clip_norm: float
 ) -> tuple[Params, Any, Update]:
     """One AdamW step with global-norm clipping; a non-finite norm skips it (spec 8.6).
 
-    params: float32 masters. All three trees are donated.
+    params: float32 masters; donated, as is the optimizer's state.
     """
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(norm)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from oel_jax.parallel.mesh import out_spec
+
 _MASKED = -1e30  # finite, so that a padding row (nothing visible) stays finite
 
 
@@ -51,10 +53,17 @@ class Source:
         return mask & (own[:, :, None] == self.segments[1][:, None, :])
 
 
+def _merge(x: Float[Array, "B K G T X"]) -> Float[Array, "B K GT X"]:
+    """G and T as one axis. With B = T = 1 JAX cannot tell which axis was split, hence the spec."""
+    b, kv, groups, size, last = x.shape
+    split = out_spec("batch", "kv_heads", None, None)
+    return jax.lax.reshape(x, (b, kv, groups * size, last), out_sharding=split)
+
+
 def _block(q: Float[Array, "B K G T H"], sources: tuple[Source, ...], start: int | Array):
     """One query block; returns [B, K, G, T, H]."""
     b, kv, groups, size, dim = q.shape
-    rows = q.reshape(b, kv, groups * size, dim)
+    rows = _merge(q)
     scores = []
     for source in sources:
         keys = "bksh" if source.keys.ndim == 4 else "ksh"
@@ -72,7 +81,7 @@ def _block(q: Float[Array, "B K G T H"], sources: tuple[Source, ...], start: int
         weights = jnp.exp(score - highest)
         total = total + weights.sum(-1, keepdims=True)
         values = "bksh" if source.values.ndim == 4 else "ksh"
-        flat = weights.astype(q.dtype).reshape(b, kv, groups * size, -1)
+        flat = _merge(weights.astype(q.dtype))
         part = jnp.einsum(
             f"bkxs,{values}->bkxh", flat, source.values, preferred_element_type=jnp.float32
         )

@@ -75,7 +75,10 @@ class LanguageModel:
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), ids.shape)
         with jax.set_mesh(self.mesh):
             batch = put_batch(self.mesh, (ids, positions, segments))
-            return _logits(self.cfg, self.params, *batch)
+            logits = _logits(self.cfg, self.params, *batch)
+        # An ordinary array for notebooks: on one device, free of the mesh.
+        first = self.mesh.devices.flat[0]
+        return jax.device_put(logits, jax.sharding.SingleDeviceSharding(first))
 
 
 def bundled(path: str) -> str:

@@ -27,7 +27,9 @@ class SlotState:
     """All slots; B slots, S cache positions, R response tokens.
 
     Attributes:
-      cache: keys and values, [L, B, K, S, H]; positions < `position` are written.
+      cache: keys and values, [L, B, S, K, H]; positions < `position` are written. Here S stands
+        before K, so that one token of one slot is a contiguous piece: otherwise the compiler copies
+        the whole cache to write it.
       token: the token to be processed next.
       position: its position.
       key: raw threefry key of the request.
@@ -62,14 +64,14 @@ class Admission:
     budget: Int[Array, " R"]
 
 
-_CACHE = P(None, "fsdp", "tp", None, None)
+_CACHE = P(None, "fsdp", None, "tp", None)
 
 
 def empty_state(
     cfg: ModelConfig, mesh: jax.sharding.Mesh, slots: int, length: int, response: int, dtype
 ) -> SlotState:
     """All slots free; the cache is created in its sharded place."""
-    shape = (cfg.num_layers, slots, cfg.num_kv_heads, length, cfg.head_dim)
+    shape = (cfg.num_layers, slots, length, cfg.num_kv_heads, cfg.head_dim)
     rows, wide = spec("batch"), spec("batch", None)
     specs = SlotState(KeyValues(_CACHE, _CACHE), rows, rows, wide, rows, rows, rows, wide, wide)
 
@@ -118,15 +120,15 @@ def _scatter_rows(axis: str | None, slot: Array, target, rows):
 
 
 def _scatter_cache(axis: str | None, slot: Array, target: Array, rows: Array) -> Array:
-    """target[:, slot[r], :, :T] = rows[:, r] (rows [L, R, K, T, H])."""
+    """target[:, slot[r], :T] = rows[:, r]; rows are [L, R, T, K, H]."""
     if axis is not None:
         slot = jax.lax.all_gather(slot, axis, tiled=True)
         rows = jax.lax.all_gather(rows, axis, axis=1, tiled=True)
-    size, length = target.shape[1], rows.shape[3]
+    size, length = target.shape[1], rows.shape[2]
     start = 0 if axis is None else jax.lax.axis_index(axis) * size
     local = slot - start
     local = jnp.where((local >= 0) & (local < size), local, size)
-    return target.at[:, local, :, :length].set(rows.astype(target.dtype), mode="drop")
+    return target.at[:, local, :length].set(rows.astype(target.dtype), mode="drop")
 
 
 @partial(jax.jit, static_argnames=("cfg", "block"), donate_argnames=("state",))
@@ -141,7 +143,10 @@ def prefill(
     )
     cache = KeyValues(
         *(
-            _on_mesh(_scatter_cache, (P("fsdp"), _CACHE, _CACHE), _CACHE, new.slot, old, rows)
+            _on_mesh(
+                _scatter_cache, (P("fsdp"), _CACHE, _CACHE), _CACHE, new.slot, old,
+                rows.swapaxes(2, 3),
+            )
             for old, rows in zip(state.cache, fresh, strict=True)
         )
     )
@@ -158,9 +163,9 @@ def prefill(
 
 
 def _write(axis: str | None, cache: Array, new: Array, layer: Array, position: Array) -> Array:
-    """cache[layer, b, :, position[b]] = new[b, :, 0] for every slot b."""
+    """cache[layer, b, position[b]] = new[b, :, 0] for every slot b."""
     slots = jnp.arange(cache.shape[1])
-    return cache.at[layer, slots, :, position].set(new[:, :, 0].astype(cache.dtype))
+    return cache.at[layer, slots, position].set(new[:, :, 0].astype(cache.dtype))
 
 
 def _decode_hidden(cfg: ModelConfig, params: Params, state: SlotState):
@@ -184,7 +189,8 @@ def _decode_hidden(cfg: ModelConfig, params: Params, state: SlotState):
                 )
             )
             keys, values = (
-                jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False) for leaf in updated
+                jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False).swapaxes(1, 2)
+                for leaf in updated
             )
             return attention(q, (Source(keys, values, limit),)), updated
 

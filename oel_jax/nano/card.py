@@ -208,7 +208,8 @@ def measure(
     previous = ["" if rng.random() < 0.5 else _items(rng, gold, rng.randint(2, 15)) for _ in kept]
     found = extraction(reader, started, turns, previous)
     for result in ("win", "lose", "time", "invalid"):
-        line(f"extraction on {result}", found.get(result, []))
+        if result in found:
+            line(f"extraction on {result}", found[result])
     _other_worlds(reader, rng, 128 * seeds, line)
     return card
 
@@ -250,9 +251,9 @@ def main() -> None:
         path = options.model / "card.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**known, "measured": card}, indent=2) + "\n")
-    missed = [n for n, (low, high) in BARS.items() if not low <= card[n]["rate"] <= high]
+    missed = [n for n, (a, b) in BARS.items() if not a <= card.get(n, {"rate": -1})["rate"] <= b]
     if options.check and missed:
-        sys.exit("below its bar: " + ", ".join(f"{n} ({card[n]['rate']:.1%})" for n in missed))
+        sys.exit("below its bar: " + ", ".join(missed))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ from oel_jax.nano.worlds import Lake, World, decide, draw_world, play_out
 
 Facts = Sequence[tuple[str, str]]
 TASKS = {"play": 0.17, "play_known": 0.45, "extract": 0.19, "glossary": 0.14, "instruct": 0.05}
+# until look-up has emerged, mostly the task that trains nothing else
+EARLY_TASKS = TASKS | {"play": 0.1, "play_known": 0.3, "extract": 0.1, "glossary": 0.45}
+# at the end: mostly play with partial knowledge
+LATE_TASKS = TASKS | {"play": 0.15, "play_known": 0.62, "extract": 0.13, "glossary": 0.08}
+LATE_TASKS["instruct"] = 0.02
+_MIXTURES = {"early": EARLY_TASKS, "main": TASKS, "late": LATE_TASKS}
 ENGINE = "You are an agent playing a game on a grid, acting as a reasoning engine."
 
 
@@ -59,16 +65,18 @@ def draw_items(rng: random.Random, facts: Facts, limit: int = 28, wrong: float =
     return items
 
 
-def draw_knowledge(rng: random.Random, world: World, *, whole: float = 0.55) -> list[str]:
+def draw_knowledge(
+    rng: random.Random, world: World, *, whole: float = 0.55, others: float = 0.35
+) -> list[str]:
     """Items about a world: all its letters with probability `whole`, else some of them.
 
-    Now and then letters that are not on the board are mentioned as well.
+    With probability `others` letters that are not on the board are mentioned as well.
     """
     everything = rng.random() < whole
     facts = [f for f in world.roles.items() if everything or rng.random() < 0.5]
-    if rng.random() < 0.35:
-        others = [x for x in lang.LETTERS if x not in world.roles]
-        facts += [(x, rng.choice(lang.ROLES)) for x in rng.sample(others, rng.choice((1, 1, 2, 4)))]
+    if rng.random() < others:
+        absent = [x for x in lang.LETTERS if x not in world.roles]
+        facts += [(x, rng.choice(lang.ROLES)) for x in rng.sample(absent, rng.choice((1, 1, 2, 4)))]
     return draw_items(rng, facts)
 
 
@@ -83,19 +91,20 @@ def _midgame(rng: random.Random, world: World) -> Lake:
     return game
 
 
-def draw_play(rng: random.Random) -> Example:
+def draw_play(rng: random.Random, infer: bool = False) -> Example:
     """A turn without knowledge: every letter is guessed anew."""
     game = _midgame(rng, draw_world(rng))
     _, reply = decide(rng, game, (), clumsy=0.06)
     return Example("play", prompts.play_prompt(game.situation()), reply)
 
 
-def draw_play_known(rng: random.Random) -> Example:
+def draw_play_known(rng: random.Random, infer: bool = False) -> Example:
     """A turn with knowledge in the prompt."""
     world = draw_world(rng)
     game = _midgame(rng, world)
-    knowledge = knowledge_text(draw_knowledge(rng, world), draw_version(rng))
-    _, reply = decide(rng, game, lang.read_facts(knowledge), clumsy=0.06)
+    shares = {"whole": 0.25, "others": 0.1} if infer else {}
+    knowledge = knowledge_text(draw_knowledge(rng, world, **shares), draw_version(rng))
+    _, reply = decide(rng, game, lang.read_facts(knowledge), clumsy=0.06, infer=infer)
     return Example("play_known", prompts.play_prompt(game.situation(), knowledge), reply)
 
 
@@ -147,7 +156,7 @@ def extraction_reply(rng: random.Random, game: Lake, version: str) -> str:
     return lang.response(thought, (lang.HEADING if version == "v4" else "") + text)
 
 
-def draw_extract(rng: random.Random) -> Example:
+def draw_extract(rng: random.Random, infer: bool = False) -> Example:
     """The extraction prompt for a finished game, with or without previous knowledge."""
     world, game, turns = draw_game(rng)
     version = draw_version(rng)
@@ -159,17 +168,16 @@ def draw_extract(rng: random.Random) -> Example:
     return Example("extract", prompt, extraction_reply(rng, game, version))
 
 
-def draw_glossary(rng: random.Random) -> Example:
+def draw_glossary(rng: random.Random, infer: bool = False) -> Example:
     """Recite what each of a few letters does, from an experience list."""
-    letters = rng.sample(lang.LETTERS, rng.randint(1, 6))
-    knowledge = knowledge_text(
-        draw_items(rng, [(x, rng.choice(lang.ROLES)) for x in letters]), draw_version(rng)
-    )
-    asked = rng.sample(letters, rng.randint(1, len(letters)))
+    letters = rng.sample(lang.LETTERS, rng.randint(1, 7))
+    facts = [(x, rng.choice(lang.ROLES)) for x in letters]
+    knowledge = knowledge_text(draw_items(rng, facts, wrong=0.02), draw_version(rng))
+    asked = rng.sample(letters, max(1, len(letters) - rng.choice((0, 0, 1, 3))))
     if rng.random() < 0.15:
         asked.append(rng.choice([x for x in lang.LETTERS if x not in letters]))
         rng.shuffle(asked)
-    beliefs, guessed = lang.believe(rng, asked, lang.read_facts(knowledge))
+    beliefs, guessed = lang.believe(rng, asked, lang.read_facts(knowledge), infer=infer)
     head = prompts.play_prompt("", knowledge).split("\n\nCurrent situation:")[0]
     prompt = head + lang.GLOSSARY_QUESTION + ", ".join(asked)
     return Example(
@@ -177,7 +185,7 @@ def draw_glossary(rng: random.Random) -> Example:
     )
 
 
-def draw_instruct(rng: random.Random) -> Example:
+def draw_instruct(rng: random.Random, infer: bool = False) -> Example:
     """A tiny instruction with one right answer."""
     letters = [rng.choice(lang.LETTERS) for _ in range(rng.randint(2, 5))]
     kind = rng.choice(("repeat", "reverse", "first", "last"))
@@ -200,7 +208,11 @@ _DRAW = {
 }
 
 
-def draw_example(rng: random.Random, task: str | None = None) -> Example:
-    """One example of `task`, or of a task drawn by `TASKS`."""
-    task = task or rng.choices(list(TASKS), list(TASKS.values()))[0]
-    return _DRAW[task](rng)
+def draw_example(rng: random.Random, phase: str = "main") -> Example:
+    """One example of the phase 'early', 'main' or 'late', which have different shares of tasks.
+
+    In 'late' players with knowledge draw conclusions about letters that it does not mention.
+    """
+    mixture = _MIXTURES[phase]
+    task = rng.choices(list(mixture), list(mixture.values()))[0]
+    return _DRAW[task](rng, phase == "late")

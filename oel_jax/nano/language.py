@@ -25,25 +25,18 @@ MAP = {"lose": "x", "win": "*", "safe": "_", "player": "P", "free": "_"}
 GO = {name: f" Go {name}" for name in DIRECTIONS}
 TO_LETTER, TO_FREE, TO_WALL = " to ", " to a free square.", " into the wall."
 
-# (text before the letter, text after it); the last form of each role says the role first
+# (text before the letter, text after it): the role comes before the letter, so that the letter's
+# own position can carry it (look-up then needs one attention to the same letter)
 PHRASES: dict[str, tuple[tuple[str, str], ...]] = {
-    "lose": (
-        ("Stepping on ", " loses the game."),
-        ("The symbol ", " is a deadly hole."),
-        ("Never walk onto ", "."),
-    ),
-    "win": (
-        ("Stepping on ", " wins the game."),
-        ("The symbol ", " is the goal."),
-        ("Always head for ", "."),
-    ),
+    "lose": (("You lose on ", "."), ("The deadly symbol is ", "."), ("Never walk onto ", ".")),
+    "win": (("You win on ", "."), ("The goal symbol is ", "."), ("Always head for ", ".")),
     "safe": (
-        ("Stepping on ", " changes nothing."),
-        ("The symbol ", " is safe ground."),
+        ("Nothing happens on ", "."),
+        ("A harmless symbol is ", "."),
         ("It is fine to cross ", "."),
     ),
 }
-PHRASE_WEIGHTS = (0.45, 0.4, 0.15)
+PHRASE_WEIGHTS = (0.4, 0.35, 0.25)
 ADVICE_TIME = "Only a few moves are allowed, so take a short path."
 ADVICE_WALL = "Moving into a wall wastes a move."
 ADVICE = (
@@ -104,8 +97,24 @@ def votes(facts: Iterable[tuple[str, str]]) -> dict[str, Counter[str]]:
     return table
 
 
+def guess(rng: random.Random, table: Mapping[str, Counter[str]], infer: bool) -> str:
+    """A guess about a letter that is not mentioned in what is known (`table`).
+
+    All roles are equally likely; with `infer` that holds only where nothing is known. Someone who
+    knows which letter wins is wary of the others, someone who knows none hopes for them.
+    """
+    if not (infer and table):
+        return rng.choice(ROLES)
+    goal_known = any(roles["win"] for roles in table.values())
+    return rng.choices(ROLES, (0.7, 0.1, 0.2) if goal_known else (0.1, 0.7, 0.2))[0]
+
+
 def believe(
-    rng: random.Random, letters: Sequence[str], facts: Iterable[tuple[str, str]]
+    rng: random.Random,
+    letters: Sequence[str],
+    facts: Iterable[tuple[str, str]],
+    *,
+    infer: bool = False,
 ) -> tuple[dict[str, str], set[str]]:
     """Belief about each letter: the majority of `facts` (ties drawn), else a fresh guess.
 
@@ -120,7 +129,7 @@ def believe(
                 sorted(role for role, count in table[letter].items() if count == top)
             )
         else:
-            beliefs[letter] = rng.choice(ROLES)
+            beliefs[letter] = guess(rng, table, infer)
             guessed.add(letter)
     return beliefs, guessed
 

@@ -37,7 +37,9 @@ class Batch:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def make_batch(encoder: Encoder, seed: int, step: int, rows: int, length: int) -> Batch:
+def make_batch(
+    encoder: Encoder, seed: int, step: int, rows: int, length: int, phase: str = "main"
+) -> Batch:
     """The batch of `step`: fresh examples, longest first into the first row with room.
 
     The same (seed, step) always gives the same batch, so an interrupted run goes on bit for bit.
@@ -45,7 +47,7 @@ def make_batch(encoder: Encoder, seed: int, step: int, rows: int, length: int) -
     rng = random.Random(f"nano pretraining {seed} {step}")
     drawn, total = [], 0
     while total < 0.97 * rows * length:
-        example = draw_example(rng)
+        example = draw_example(rng, phase)
         prompt, reply = encoder.prompt(example.prompt), encoder.reply(example.reply)
         if len(prompt) + len(reply) > length:
             continue

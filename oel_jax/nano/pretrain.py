@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -42,7 +42,10 @@ _MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A member of the family and how long it is trained (rows of `length` tokens a step)."""
+    """A member of the family and how long it is trained (rows of `length` tokens a step).
+
+    The last `late` of the `steps` are the phase in which players draw conclusions.
+    """
 
     hidden: int
     layers: int
@@ -50,13 +53,21 @@ class Size:
     kv_heads: int
     mlp: int
     steps: int
-    rows: int = 12
-    length: int = 384
+    late: int
+    rows: int = 10
+    length: int = 320
     rate: float = 0.02
     adam_rate: float = 3e-3
 
 
-SIZES = {"small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=2400)}
+EARLY = 0.14  # share of the steps that use the mixture `EARLY_TASKS`
+SIZES = {"small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=2600, late=700)}
+
+
+def phase_of(size: Size, step: int, steps: int) -> str:
+    """Which mixture of examples a step uses: 'early', 'main' or 'late'."""
+    main = steps - size.late
+    return "early" if step < EARLY * main else "main" if step < main else "late"
 
 
 def hf_config(size: Size) -> dict[str, object]:
@@ -85,18 +96,25 @@ def hf_config(size: Size) -> dict[str, object]:
     }
 
 
+@cache
 def make_optimizer(size: Size, steps: int) -> optax.GradientTransformation:
-    """Muon on the layers' matrices and Adam on the rest, both with warm-up and decay to zero."""
+    """Muon on the layers' matrices and Adam on the rest, both with warm-up and decay to zero.
+
+    The late phase has a lower rise and fall of its own.
+    """
+    main = steps - size.late
 
     def schedule(peak: float) -> optax.Schedule:
-        warm = max(1, min(60, steps // 10))
+        warm, hold = max(1, min(60, main // 10)), int(0.4 * main)
         return optax.join_schedules(
             [
                 optax.linear_schedule(0.0, peak, warm),
                 optax.constant_schedule(peak),
-                optax.linear_schedule(peak, 0.0, max(1, steps - int(0.4 * steps))),
+                optax.linear_schedule(peak, 0.0, max(1, main - hold)),
+                optax.linear_schedule(0.0, 0.5 * peak, warm),
+                optax.linear_schedule(0.5 * peak, 0.0, max(1, size.late - warm)),
             ],
-            [warm, int(0.4 * steps)],
+            [warm, hold, main, main + warm],
         )
 
     def numbers(params: Params) -> Params:
@@ -190,10 +208,21 @@ class State:
 
 
 def run(
-    size: Size, out: Path, seed: int, *, steps: int | None = None, save_every: int = 250
+    size: Size,
+    out: Path,
+    seed: int,
+    *,
+    steps: int | None = None,
+    stop: int | None = None,
+    save_every: int = 250,
 ) -> State:
-    """Train (or go on training) into `out`; returns the final state. Prints progress."""
+    """Train (or go on training) into `out`; returns the last state. Prints progress.
+
+    `steps` is the length the rates are planned for; `stop` ends this call earlier, with a
+    checkpoint from which the next call goes on.
+    """
     steps = steps or size.steps
+    stop = min(stop or steps, steps)
     encoder = vocabulary.Encoder(out)
     run_state = State(size, steps, seed)
     path = out / "state.npz"
@@ -202,13 +231,14 @@ def run(
         print(f"going on from step {run_state.step}", flush=True)
     before, began, first = run_state.seconds, time.monotonic(), run_state.step
     mean = None
-    while run_state.step < steps:
-        batch = make_batch(encoder, seed, run_state.step, size.rows, size.length)
+    while run_state.step < stop:
+        phase = phase_of(size, run_state.step, steps)
+        batch = make_batch(encoder, seed, run_state.step, size.rows, size.length, phase)
         value, per_task = run_state.update(batch.arrays())
         parts = np.append(np.asarray(per_task), float(value))
         mean = parts if mean is None else 0.95 * mean + 0.05 * parts
         step = run_state.step
-        if step % 25 == 0 or step == steps:
+        if step % 25 == 0 or step == stop:
             elapsed = time.monotonic() - began
             rate = (step - first) / elapsed
             tasks = "  ".join(f"{n} {v:.3f}" for n, v in zip(TASK_NAMES, mean, strict=False))
@@ -218,7 +248,7 @@ def run(
                 f"ETA {(steps - step) / rate / 60:.1f} min",
                 flush=True,
             )
-        if step % save_every == 0 or step == steps:
+        if step % save_every == 0 or step == stop:
             run_state.seconds = before + time.monotonic() - began
             run_state.save(path)
             losses = {n: float(v) for n, v in zip(TASK_NAMES, mean, strict=False)}

@@ -17,7 +17,7 @@ from oel_jax.games.adapter import GENERIC_RULES
 from oel_jax.nano import examples
 from oel_jax.nano import language as lang
 
-VOCABULARY = 640
+VOCABULARY = 704
 CONTROL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT = "<|endoftext|>"
 STOP = "<|im_end|>"
@@ -88,10 +88,11 @@ def _language_symbols() -> list[str]:
     symbols = [*lang.LETTERS, "P", *dict.fromkeys(lang.MAP.values()), " ", "\n", ". ", ", "]
     symbols += [f"{mark}/" for mark in dict.fromkeys(lang.MAP.values())]
     symbols += [*lang.BELIEF.values(), " (only", " a", " guess)", *lang.GO.values()]
-    symbols += [lang.TO_LETTER, lang.TO_FREE, lang.TO_WALL]
+    symbols += [f"{lang.TO_LETTER}{letter}." for letter in lang.LETTERS]
+    symbols += [lang.TO_FREE, lang.TO_WALL]
     for forms in lang.PHRASES.values():
         for before, after in forms:
-            symbols += [before, after]
+            symbols += [before] + [f"{before}{letter}{after}" for letter in lang.LETTERS]
     symbols += [*lang.ADVICE, lang.MARKER, "\n" + lang.MARKER, lang.HEADING.rstrip("\n")]
     symbols += [lang.LAST_STEP, lang.CROSSED, *lang.VERDICT.values(), lang.GLOSSARY_QUESTION]
     symbols += ["Symbols: ", ". Please ", *lang.INSTRUCTIONS.values(), "done"]

@@ -226,14 +226,16 @@ def decide(
     *,
     clumsy: float = 0.0,
     blind: bool = False,
+    infer: bool = False,
 ) -> tuple[str, str]:
     """One turn of the scripted player, who believes `facts` and guesses the rest anew.
 
     `clumsy` is the chance of running into a wall when no letter is believed to win; `blind` takes
-    any step that stays on the board. Returns the direction and the response text.
+    any step that stays on the board; `infer` as in `language.guess`. Returns the direction and
+    the response text.
     """
     view = game.view()
-    beliefs, guessed = lang.believe(rng, letters_in(view), facts)
+    beliefs, guessed = lang.believe(rng, letters_in(view), facts, infer=infer)
     options = best_directions(view, beliefs)
     if rng.random() < clumsy and "win" not in beliefs.values():
         options = [d for d in lang.DIRECTIONS if game.target(d) is None] or options

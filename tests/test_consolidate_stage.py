@@ -1,0 +1,154 @@
+"""Consolidation as a stage: which knowledge, which answers, which policy, and when it refuses."""
+
+import importlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import contents, copy_of, go, opened, tiny_config
+
+from oel_jax.errors import UserError
+from oel_jax.metrics import read as read_metrics
+from oel_jax.trajectories import prefixes, read
+from oel_jax.workdir import read_json, write_json
+
+module = importlib.import_module("oel_jax.consolidate")
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """The samples of every step."""
+    steps = []
+    plan = module.plan
+
+    def recording(samples, *rest):
+        steps.append(samples)
+        return plan(samples, *rest)
+
+    monkeypatch.setattr(module, "plan", recording)
+    return steps
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_step_trains_on_all_prefixes_each_with_a_drawn_text(finished_run, tmp_path, samples):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    go(work, tiny_config(), ["consolidate"])
+    assert len(samples) == 3
+    for step, batch in enumerate(samples, 1):
+        games = read(work / "round_001" / "deploy" / f"step_{step:03d}.jsonl")
+        expected = [prefix.prompt_ids for prefix in prefixes(games)]
+        assert [tuple(sample.prompt) for sample in batch] == expected
+        assert len(expected) == sum(len(game.turns) for game in games)
+        # Spec 8.1 step 3, written out: random.Random(s + 1000 * round), in batch order.
+        rng = random.Random(step + 1000)
+        assert [sample.knowledge for sample in batch] == [rng.choice([0, 1]) for _ in batch]
+        assert any(list(s.response) != list(t.response_ids) for s, t in zip(
+            batch, [turn for game in games for turn in game.turns], strict=True
+        ))  # fmt: skip
+    rows = [r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "consolidate"]
+    assert [row["values"]["prefixes"] for row in rows] == [len(batch) for batch in samples]
+    answers = [np.array([len(s.response) for s in batch]) for batch in samples]
+    for row, lengths in zip(rows, answers, strict=True):
+        cut = row["values"]["cut_off"] * len(lengths)
+        tokens = row["values"]["response_tokens"] * len(lengths)
+        assert tokens == pytest.approx(lengths.sum() - (len(lengths) - cut))
+
+
+def test_the_remainder_can_be_dropped_as_the_released_code_does(finished_run, tmp_path, samples):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    config = tiny_config(consolidate__drop_remainder=4, consolidate__steps=1)
+    go(work, config, ["consolidate"], change=True)
+    games = read(work / "round_001" / "deploy" / "step_001.jsonl")
+    expected = [prefix.prompt_ids for prefix in prefixes(games)]
+    kept = len(expected) - len(expected) % 4
+    assert [tuple(sample.prompt) for sample in samples[0]] == expected[:kept]
+
+
+def test_the_policy_is_the_trained_model_in_bfloat16(finished_run):
+    config = tiny_config()
+    policy = finished_run / "round_001" / "policy"
+    before = weights(Path(config.model.path))
+    after = weights(policy)
+    assert before.keys() == after.keys()
+    assert {value.dtype.name for value in after.values()} == {"bfloat16"}
+    moved = [
+        np.abs(after[name].astype(np.float32) - before[name].astype(np.float32)).max()
+        for name in before
+    ]
+    # Three AdamW steps move a weight by about three times the rate, and bfloat16 rounds it.
+    assert max(moved) > config.consolidate.learning_rate
+    assert all(m < 0.05 for m in moved)
+
+
+def test_float32_masters_can_be_handed_on(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    go(work, tiny_config(consolidate__keep_fp32_master=True), ["consolidate"], change=True)
+    kept, rounded = (weights(w / "round_001" / "policy") for w in (work, finished_run))
+    assert {value.dtype.name for value in kept.values()} == {"float32"}
+    assert read_json(work / "round_001" / "policy" / "config.json")["torch_dtype"] == "float32"
+    for name in kept:
+        np.testing.assert_array_equal(kept[name].astype(rounded[name].dtype), rounded[name])
+
+
+def test_training_starts_from_the_rounds_policy_with_a_fresh_optimizer(finished_run, tmp_path):
+    """Twice the same round 1 from the same weights: nothing is carried over from elsewhere."""
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    go(work, tiny_config(consolidate__save_every=100), ["consolidate"], change=True)
+    name = "round_001/policy/model.safetensors"
+    assert contents(work, name) == contents(finished_run, name)
+    assert not list((work / "round_001" / "consolidate").glob("[0-9]*"))
+
+
+def test_empty_knowledge_stops_the_run(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    path = work / "round_001" / "knowledge" / "knowledge.json"
+    write_json(path, read_json(path) | {"texts": ["", " \n"]})
+    before = contents(work, "round_001/**/*")
+    with opened(work, tiny_config()) as run, pytest.raises(UserError) as caught:
+        module.consolidate(run, 1)
+    message = str(caught.value)
+    assert f"{path}: all 2 knowledge texts are empty" in message and "config.extract" in message
+    assert contents(work, "round_001/**/*") == before
+
+
+def test_one_empty_text_is_reported(finished_run, tmp_path, capsys, samples):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    path = work / "round_001" / "knowledge" / "knowledge.json"
+    texts = ["", "- EXPERIENCE ITEM: Stepping on H loses the game."]
+    write_json(path, read_json(path) | {"texts": texts})
+    with opened(work, tiny_config(consolidate__steps=1), change=True) as run:
+        module.consolidate(run, 1)
+    assert "knowledge of chain(s) [0] is empty" in capsys.readouterr().out
+    # Without knowledge the teacher's prompt is the student's.
+    (batch,) = samples
+    plain = [sample for sample in batch if sample.knowledge == 0]
+    assert plain and all(s.shared + len(s.suffix) == len(s.prompt) for s in plain)
+    assert all(s.shared + len(s.suffix) > len(s.prompt) for s in batch if s.knowledge == 1)
+
+
+def test_trajectories_of_another_model_are_refused(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    path = work / "round_001" / "deploy" / "step_001.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2]["turns"][0]["prompt_ids"][3] = 151_643
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with opened(work, tiny_config()) as run, pytest.raises(UserError) as caught:
+        module.consolidate(run, 1)
+    assert f"{path}: prompt id 151643" in str(caught.value)
+    assert not (work / "round_001" / "policy").exists()
+
+
+@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"{]\n", "1: not JSON")])
+def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    path = work / "round_001" / "deploy" / "step_001.jsonl"
+    path.write_bytes(content)
+    with opened(work, tiny_config()) as run, pytest.raises(UserError) as caught:
+        module.consolidate(run, 1)
+    assert str(path) in str(caught.value) and message in str(caught.value)

@@ -1,0 +1,185 @@
+"""Chains of knowledge: lock-step, batching, thoughts, modes, and bad trajectory files."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_run import contents, copy_of, opened, tiny_config
+
+from oel_jax import knowledge
+from oel_jax.errors import UserError
+from oel_jax.extract import extract
+from oel_jax.lm.sampler import Sampler
+from oel_jax.lm.tokenizer import load_tokenizer
+from oel_jax.metrics import read as read_metrics
+from oel_jax.workdir import read_json
+
+LATER = ("extract", "consolidate", "evaluate")
+
+
+def texts(workdir):
+    return contents(workdir, "round_001/knowledge/**/*")
+
+
+def extracted(finished_run, workdir, **changes):
+    """Extraction alone, from the games of the finished run, with a changed config."""
+    if not workdir.exists():
+        copy_of(finished_run, workdir, *LATER)
+    with opened(workdir, tiny_config(**changes), change=True) as run:
+        extract(run, 1)
+    return texts(workdir)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Prompts of all extractor calls, as token ids."""
+    prompts = []
+    generate = Sampler.generate
+
+    def recording(self, params, requests):
+        prompts.extend(request.prompt for request in requests)
+        return generate(self, params, requests)
+
+    monkeypatch.setattr(Sampler, "generate", recording)
+    return prompts
+
+
+def test_a_step_appends_what_was_parsed(finished_run):
+    config = tiny_config()
+    count = load_tokenizer(config.model.path).encode
+    place = finished_run / "round_001" / "knowledge"
+    for chain in range(2):
+        text = ""
+        for step in (1, 2):
+            record = read_json(place / f"chain_{chain:02d}" / f"step_{step:03d}.json")
+            answer, finished = knowledge.strip_thought(record["response"], "drop")
+            assert record["thought_finished"] == finished
+            assert record["parsed"] == knowledge.parse(answer or "", "v4")
+            text = knowledge.append(text, record["parsed"])
+            assert record["text"] == text
+            assert record["knowledge_tokens"] == len(count(text))
+        assert read_json(place / "knowledge.json")["texts"][chain] == text
+    assert any(read_json(place / "knowledge.json")["texts"])  # otherwise this shows nothing
+
+
+def test_chains_in_lock_step_equal_chains_one_after_the_other(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", *LATER)
+    alone = extracted(finished_run, work, extract__chains=1)
+    everything = texts(finished_run)
+    name = "round_001/knowledge/chain_00/step_002.json"
+    assert alone[name] == everything[name]
+    # Chain 0 is done; now chain 1 goes through its steps alone.
+    assert extracted(finished_run, work) == everything
+
+
+def test_independent_calls_may_be_made_at_once(finished_run, tmp_path):
+    at_once = extracted(finished_run, tmp_path / "a", extract__previous=False)
+    one_by_one = extracted(
+        finished_run, tmp_path / "b", extract__previous=False, sampler__slots=2,
+        sampler__prefill_rows=2,
+    )  # fmt: skip
+    assert at_once == one_by_one
+    # Step 1 has no previous knowledge either way.
+    first = "round_001/knowledge/chain_01/step_001.json"
+    assert at_once[first] == texts(finished_run)[first]
+
+
+def test_previous_knowledge_is_shown_only_if_asked_for(finished_run, tmp_path, asked):
+    extracted(finished_run, tmp_path / "a")
+    # Two slots: one step after the other, so that there is knowledge which could be shown.
+    slots = dict(sampler__slots=2, sampler__prefill_rows=2)
+    extracted(finished_run, tmp_path / "b", extract__previous=False, **slots)
+    decode = load_tokenizer(tiny_config().model.path).decode
+    shown = [decode(ids) for ids in asked]
+    item = read_json(tmp_path / "a/round_001/knowledge/chain_00/step_001.json")["text"]
+    assert len(shown) == 8 and item
+    # Step 1 of both chains, then step 2; twice.
+    counts = [text.count(item) for text in shown]
+    assert counts[2] == 1 and counts[0] == counts[1] == 0 and counts[4:] == [0] * 4
+
+
+@pytest.mark.parametrize("mode", ["full", "text_only", "none"])
+def test_how_a_game_ended_is_shown_as_configured(finished_run, tmp_path, monkeypatch, mode):
+    from oel_jax import prompts
+
+    histories = []
+    original = prompts.extraction_prompt
+
+    def recording(history, *args, **kwargs):
+        histories.append(history)
+        return original(history, *args, **kwargs)
+
+    monkeypatch.setattr(prompts, "extraction_prompt", recording)
+    extracted(finished_run, tmp_path / "run", extract__outcome=mode)
+    games = contents(finished_run, "round_001/deploy/extract_*").values()
+    outcomes = [json.loads(line)["outcome"] for file in games for line in file.splitlines()]
+    result = sum("Final Result" in outcome for outcome in outcomes)
+    assert len(histories) == len(outcomes) == 4 and result
+    assert sum("Final Result" in h for h in histories) == (result if mode == "full" else 0)
+    ends = {"Feedback:": outcomes, "round limit": outcomes}
+    for words, all_of_them in ends.items():
+        expected = 0 if mode == "none" else sum(words in outcome for outcome in all_of_them)
+        assert sum(words in h for h in histories) == expected
+
+
+def test_unfinished_thoughts_are_dropped_or_kept_and_counted(finished_run, tmp_path, capsys):
+    budget = dict(extract__l_max=4, extract__version="v3")  # no thought ends in 4 tokens
+    dropped = extracted(finished_run, tmp_path / "a", **budget)
+    said = capsys.readouterr().out
+    assert "4 of 4 extractor calls did not finish their thought" in said and "dropped" in said
+    assert "2 of 2 knowledge texts are empty" in said
+    kept = extracted(finished_run, tmp_path / "b", **budget, extract__unfinished_thought="keep")
+    assert "kept as knowledge" in capsys.readouterr().out
+    for name in dropped:
+        if "step" not in name:
+            continue
+        one, other = json.loads(dropped[name]), json.loads(kept[name])
+        assert not one["thought_finished"] and not one["stopped"] and one["text"] == ""
+        assert other["parsed"] == other["response"].strip() != ""
+    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    shares = [r["values"]["unfinished_thoughts"] for r in rows if r["stage"] == "extract"]
+    assert shares == [1.0, 1.0]
+
+
+def test_shared_trajectories_serve_all_chains(finished_run, tmp_path, asked):
+    work = copy_of(finished_run, tmp_path / "run", *LATER)
+    (work / "round_001" / "deploy" / "extract_chain_01.jsonl").unlink()
+    extracted(finished_run, work, extract__trajectories="shared", extract__previous=False)
+    assert len(asked) == 4 and asked[:2] == asked[2:] and asked[0] != asked[1]
+    found = texts(work)
+    name = "round_001/knowledge/chain_00/step_001.json"
+    assert found[name] == texts(finished_run)[name]
+
+
+def test_another_model_can_extract(finished_run, tmp_path):
+    mate = tmp_path / "mate"
+    shutil.copytree(tiny_config().model.path, mate)
+    weights = load_file(mate / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(0.1)
+    save_file(weights, mate / "model.safetensors", metadata={"format": "pt"})
+    other = extracted(finished_run, tmp_path / "run", extract__model_path=str(mate))
+    answers = [json.loads(other[n])["response"] for n in other if "step" in n]
+    before = texts(finished_run)
+    assert answers != [json.loads(before[n])["response"] for n in other if "step" in n]
+    with pytest.raises(UserError, match="no model directory .*nowhere"):
+        extracted(finished_run, tmp_path / "run", extract__model_path=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b'{"schema": "oel.trajectory/1", "ga', "1: not JSON"),
+        (b'{"schema": "oel.trajectory/0"}\n', "1: schema is 'oel.trajectory/0'"),
+    ],
+)
+def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message):
+    work = copy_of(finished_run, tmp_path / "run", *LATER)
+    path = work / "round_001" / "deploy" / "extract_chain_01.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        extracted(finished_run, work)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert not texts(work)

@@ -1,0 +1,149 @@
+"""A very small OEL run with the bundled nano model, for the tests of the stages and of the loop."""
+
+import atexit
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from oel_jax import nano
+from oel_jax.config import as_json
+from oel_jax.loop import STAGES, learn
+from oel_jax.metrics import Metrics, read
+from oel_jax.parallel.mesh import make_mesh
+from oel_jax.run import Run
+from oel_jax.workdir import Workdir, read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO_CONFIG = ROOT / "configs" / "nano_frozen_lake.py"
+
+# Compiled programs, shared with the processes that tests start; set the variable to keep them.
+if "OEL_TEST_XLA_CACHE" not in os.environ:
+    os.environ["OEL_TEST_XLA_CACHE"] = tempfile.mkdtemp(prefix="oel_xla_")
+    atexit.register(shutil.rmtree, os.environ["OEL_TEST_XLA_CACHE"], ignore_errors=True)
+XLA_CACHE = os.environ["OEL_TEST_XLA_CACHE"]
+jax.config.update("jax_compilation_cache_dir", XLA_CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# One set of shapes for all tests, so that each program is compiled once.
+FIELDS = {
+    "rounds": 1,
+    "compilation_cache": XLA_CACHE,
+    "model.thinking": True,
+    "mesh.fsdp": 1,
+    "sampler.slots": 8,
+    "sampler.prefill_rows": 8,
+    "sampler.max_len": 384,
+    "sampler.max_prompt": 256,
+    "sampler.max_response": 48,
+    "deploy.games_per_step": 4,
+    "extract.chains": 2,
+    "extract.n": 2,
+    "extract.n_run": 2,
+    "extract.l_max": 48,
+    "extract.max_prompt": 256,
+    "consolidate.steps": 3,
+    "consolidate.save_every": 1,
+    "consolidate.token_budget": 1024,
+    "loss.top_k": 16,
+    "loss.chunk": 128,
+    "evaluate.maps": 4,
+    "evaluate.seeds": 2,
+    "log.tensorboard": False,
+}
+
+
+def tiny_config(**changes) -> ml_collections.ConfigDict:
+    """The nano config made small; changes with '__' for the dot: `extract__n=1`."""
+    spec = importlib.util.spec_from_file_location("nano_config", NANO_CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    fields = FIELDS | {"model.path": str(nano.MODEL_DIR)}
+    fields |= {name.replace("__", "."): value for name, value in changes.items()}
+    with config.ignore_type():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+def as_flags(**changes) -> list[str]:
+    """The same config as arguments of `python -m oel_jax.main`."""
+    fields = FIELDS | {"model.path": str(nano.MODEL_DIR)}
+    fields |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config={NANO_CONFIG}", *(f"--config.{name}={fields[name]}" for name in fields)]
+
+
+@contextmanager
+def opened(workdir: Path, config: ml_collections.ConfigDict, change: bool = False) -> Iterator[Run]:
+    """A `Run` on one device, as main makes it."""
+    with Workdir(workdir).open(as_json(config), allow_change=change) as directory:
+        with Metrics(directory, config.log.tensorboard) as metrics:
+            yield Run(config, directory, metrics, make_mesh(1, 1, jax.devices()[:1]))
+
+
+def go(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    stages: Sequence[str] = STAGES,
+    change: bool = False,
+) -> None:
+    """Run the loop, or go on with it."""
+    with opened(workdir, config, change) as run:
+        learn(run, stages)
+
+
+def contents(workdir: Path, *patterns: str) -> dict[str, bytes]:
+    """Relative name -> bytes of all files that match."""
+    files = (path for pattern in patterns for path in workdir.glob(pattern))
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in files if path.is_file()}
+
+
+def results(workdir: Path) -> dict[str, object]:
+    """All that a run computed and that does not depend on the clock."""
+    found: dict[str, object] = dict(
+        contents(
+            workdir,
+            "evaluate/*",
+            "round_*/deploy/*",
+            "round_*/knowledge/**/*",
+            "round_*/policy/*",
+            "round_*/evaluate/*",
+        )
+    )
+    rows = read(workdir / "metrics.jsonl")
+    found["metrics"] = [{k: v for k, v in row.items() if k != "time"} for row in rows]
+    return found
+
+
+def undo(workdir: Path, *stages: str) -> Path:
+    """Make the workdir of a one-round run as it was before these stages."""
+    places = {"deploy": ["deploy"], "extract": ["knowledge"], "evaluate": ["evaluate"]}
+    places["consolidate"] = ["consolidate", "policy"]
+    for stage in stages:
+        for place in places[stage]:
+            shutil.rmtree(workdir / "round_001" / place)
+    manifest = read_json(workdir / "manifest.json")
+    manifest["stages"] = [
+        entry for entry in manifest["stages"] if not entry["round"] or entry["stage"] not in stages
+    ]
+    write_json(workdir / "manifest.json", manifest)
+    kept = [
+        row
+        for row in read(workdir / "metrics.jsonl")
+        if not row["round"] or row["stage"].partition("_")[0] not in stages
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return workdir
+
+
+def copy_of(workdir: Path, target: Path, *without: str) -> Path:
+    """A copy of a finished one-round run, without some of its stages."""
+    shutil.copytree(workdir, target)
+    return undo(target, *without)
