@@ -29,7 +29,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.sampler.slots = 128
     c.sampler.prefill_rows = 16
     c.sampler.decode_steps = 8
-    c.sampler.max_prompt = 128  # the longest play prompt is about 100 tokens
+    c.sampler.max_prompt = 384  # usually below 100 tokens; 358 after two unreadable answers
     c.sampler.max_response = 48  # the longest answers are about 45 tokens
 
     c.deploy.games_per_step = 32  # half the paper's, for the sake of time
@@ -41,7 +41,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.extract.l_max = 64  # 15 games give at most 30 items of about 2 tokens each
     c.extract.max_prompt = 512  # the longest is about 350 tokens
 
-    c.consolidate.steps = 10
+    c.consolidate.steps = 20
     c.consolidate.learning_rate = 3e-4
     c.consolidate.token_budget = 4096
     c.consolidate.save_every = 5

@@ -111,9 +111,7 @@ def test_shared_prefix_equals_concatenation(small):
     suffix = tokens[:, 16:40]
     positions = (lengths[:, None] + np.arange(24)).astype(np.int32)
     seen = np.broadcast_to(lengths[:, None], suffix.shape).astype(np.int32)
-    ours = logits_of(
-        cfg, params, suffix, positions, np.ones_like(suffix), Prefix(cache, seen)
-    )
+    ours = logits_of(cfg, params, suffix, positions, np.ones_like(suffix), Prefix(cache, seen))
     for row, length in enumerate(lengths):
         sequence = np.concatenate([common[0, :length], suffix[row]])[None]
         expected = logits_of(cfg, params, *plain_batch(sequence))[0, length:]

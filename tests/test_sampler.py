@@ -1,4 +1,4 @@
-"""The sampler: cached decoding equals the full forward, slots are independent, sampling is right."""
+"""The sampler: cached decoding equals the full forward, slots are independent, draws are right."""
 
 import jax
 import numpy as np
@@ -129,7 +129,12 @@ def test_decoding_updates_the_cache_in_place(model):
     sampler = make(model, slots=64, max_len=512)
     with jax.set_mesh(model.mesh):
         compiled = decode.lower(
-            model.cfg, model.params, sampler._state, np.int32(4), how=Sampling(0.7), limit=LIMIT,
+            model.cfg,
+            model.params,
+            sampler._state,
+            np.int32(4),
+            how=Sampling(0.7),
+            limit=LIMIT,
             stop_ids=STOPS,
         ).compile()
     cache = sum(leaf.nbytes for leaf in sampler._state.cache)

@@ -232,8 +232,11 @@ def test_micro_batch_size_cannot_change_the_result(student, teacher, samples, ho
         after = [
             jax.device_get(
                 update(
-                    jax.tree.map(jnp.copy, student.params), tx.init(student.params),
-                    jax.device_put(g[1]), tx=tx, clip_norm=1.0,
+                    jax.tree.map(jnp.copy, student.params),
+                    tx.init(student.params),
+                    jax.device_put(g[1]),
+                    tx=tx,
+                    clip_norm=1.0,
                 )[0]
             )
             for g in (large, small)
@@ -264,8 +267,15 @@ def test_eight_devices_equal_one(prompts, whole, shape):
 
 def settings(**changes):
     return ml_collections.ConfigDict(
-        dict(learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01,
-             moments_dtype="float32") | changes
+        dict(
+            learning_rate=1e-3,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.01,
+            moments_dtype="float32",
+        )
+        | changes
     )
 
 
@@ -292,9 +302,7 @@ def test_adamw_equals_numpy_over_three_steps():
             v[k] = 0.999 * v[k] + 0.001 * clipped**2
             change = m[k] / (1 - 0.9**step) / (np.sqrt(v[k] / (1 - 0.999**step)) + 1e-8)
             expected[k] = expected[k] - 1e-3 * (change + 0.01 * expected[k])
-        ours, state, done = update(
-            ours, state, jax.tree.map(jnp.asarray, g), tx=tx, clip_norm=1.0
-        )
+        ours, state, done = update(ours, state, jax.tree.map(jnp.asarray, g), tx=tx, clip_norm=1.0)
         assert np.isclose(float(done.grad_norm), norm, rtol=1e-5) and not done.skipped
     for k in expected:
         np.testing.assert_allclose(ours[k], expected[k], atol=1e-6)
@@ -312,7 +320,5 @@ def test_a_non_finite_gradient_changes_nothing():
         start, state, jax.tree.map(jnp.asarray, bad), tx=tx, clip_norm=1.0
     )
     assert bool(done.skipped)
-    for a, b in zip(
-        jax.tree.leaves((after, after_state)), jax.tree.leaves(before), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves((after, after_state)), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -144,12 +144,12 @@ def plan(
     ]
 
 
-def _place(
-    rows: list[_Row], index: int, sample: Sample, tokens: int, capacity: int
-) -> None:
+def _place(rows: list[_Row], index: int, sample: Sample, tokens: int, capacity: int) -> None:
     """Put a sample into the first row with room, or a new one."""
     student, teacher, responses = (
-        sample.student_length, sample.teacher_length, len(sample.response)
+        sample.student_length,
+        sample.teacher_length,
+        len(sample.response),
     )
     for row in rows:
         if (

@@ -97,9 +97,7 @@ class Teacher:
 
 @partial(jax.jit, static_argnames=("cfg", "block"))
 def _encode(cfg, params: Params, tokens, positions, segments, *, block: int) -> KeyValues:
-    _, cache = forward(
-        cfg, params, tokens, positions, segments, block=block, with_cache=True
-    )
+    _, cache = forward(cfg, params, tokens, positions, segments, block=block, with_cache=True)
     first = jax.P(None, None, "tp", None, None)
     return KeyValues(
         *(

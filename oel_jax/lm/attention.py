@@ -117,3 +117,53 @@ def attention(
         parts = jax.lax.map(one, jnp.arange(0, t, block))  # [blocks, B, K, G, block, H]
         out = parts.transpose(1, 2, 3, 0, 4, 5).reshape(b, kv, n // kv, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def cached_attention(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "L B S K H"],
+    values: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    position: Int[Array, " B"],
+    blocks: Int[Array, ""],
+    *,
+    block: int,
+) -> Float[Array, "B 1 N H"]:
+    """One query per row over its cache of one layer; reads only the first `blocks` key blocks.
+
+    Row b sees entries with index <= position[b]; S is a multiple of `block`. The softmax is carried
+    from block to block: a block in which a row sees nothing adds exact zeros to it, so a row's
+    result is the same to the bit however far the longest row reaches.
+    """
+    b, _, n, h = q.shape
+    kv = keys.shape[3]
+    split = out_spec("batch", "kv_heads", None, None)
+    grouped = jax.lax.reshape(q, (b, kv, n // kv, h), out_sharding=split)
+
+    def piece(cache: Array, index: Array) -> Float[Array, "B block K H"]:
+        start = (layer, 0, index * block, 0, 0)
+        return jax.lax.dynamic_slice(cache, start, (1, b, block, kv, h))[0]
+
+    def body(index: Array, carry: tuple[Array, Array, Array]):
+        highest, total, out = carry
+        scores = jnp.einsum(
+            "bkgh,bskh->bkgs", grouped, piece(keys, index), preferred_element_type=jnp.float32
+        )
+        seen = index * block + jnp.arange(block)[None, :] <= position[:, None]
+        scores = jnp.where(seen[:, None, None], scores * h**-0.5, _MASKED)
+        top = jnp.maximum(highest, scores.max(-1))
+        keep = jnp.exp(highest - top)
+        weights = jnp.exp(scores - top[..., None])
+        part = jnp.einsum(
+            "bkgs,bskh->bkgh",
+            weights.astype(q.dtype),
+            piece(values, index),
+            preferred_element_type=jnp.float32,
+        )
+        return top, total * keep + weights.sum(-1), out * keep[..., None] + part
+
+    zero = jnp.zeros_like(grouped, jnp.float32)
+    start = (jnp.full_like(zero[..., 0], _MASKED), zero[..., 0], zero)
+    _, total, out = jax.lax.fori_loop(0, blocks, body, start)
+    out = (out / total[..., None]).astype(q.dtype)
+    return jax.lax.reshape(out, q.shape, out_sharding=out_spec("batch", None, "heads", None))

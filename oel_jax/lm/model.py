@@ -246,9 +246,7 @@ def forward(
     return (x, cache) if with_cache else x
 
 
-def unembed(
-    cfg: ModelConfig, params: Params, hidden: Float[Array, "*B D"]
-) -> Float[Array, "*B V"]:
+def unembed(cfg: ModelConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Float32 logits; the vocabulary stays split over 'tp'."""
     lead = [None] * (hidden.ndim - 2)
     return jnp.einsum(

@@ -135,9 +135,9 @@ class Sampler:
             if need > self.max_len:
                 raise UserError(
                     f"a prompt of {len(request.prompt)} tokens plus {request.max_new} new ones "
-                    f"does not fit into the cache of {self.max_len}: raise config.sampler.max_len "
-                    f"(0 computes it from the stage's budgets), or shorten the knowledge with "
-                    f"config.extract.l_max"
+                    f"does not fit into the cache of {self.max_len}: raise "
+                    f"config.sampler.max_prompt (games) or config.extract.max_prompt (extractor), "
+                    f"or config.sampler.max_len if it is set"
                 )
             self._pending.append(request)
 
@@ -161,9 +161,7 @@ class Sampler:
 
     def generate(self, params: Params, requests: Sequence[Request]) -> list[Completion]:
         """Run all requests; completions in the order of the requests."""
-        self.submit(
-            Request(r.prompt, r.key, r.max_new, index) for index, r in enumerate(requests)
-        )
+        self.submit(Request(r.prompt, r.key, r.max_new, index) for index, r in enumerate(requests))
         results: list[Completion | None] = [None] * len(requests)
         while self.busy:
             for done in self.poll(params):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from oel_jax.lm.attention import Source, attention
+from oel_jax.lm.attention import cached_attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import KeyValues, Params, embed, forward, rms_norm, run_block, unembed
 from oel_jax.lm.rope import cos_sin
@@ -67,10 +67,16 @@ class Admission:
 _CACHE = P(None, "fsdp", None, "tp", None)
 
 
+def cache_block(length: int) -> int:
+    """Cache positions that decoding reads at a time; every cache length is a multiple of it."""
+    return 64 if length <= 2048 else 256
+
+
 def empty_state(
     cfg: ModelConfig, mesh: jax.sharding.Mesh, slots: int, length: int, response: int, dtype
 ) -> SlotState:
-    """All slots free; the cache is created in its sharded place."""
+    """All slots free; the cache is created in its sharded place, `length` rounded up to blocks."""
+    length += -length % cache_block(length)
     shape = (cfg.num_layers, slots, length, cfg.num_kv_heads, cfg.head_dim)
     rows, wide = spec("batch"), spec("batch", None)
     specs = SlotState(KeyValues(_CACHE, _CACHE), rows, rows, wide, rows, rows, rows, wide, wide)
@@ -138,13 +144,15 @@ def prefill(
     """Encode prompts and put them into their slots; `state` is donated."""
     columns = jnp.broadcast_to(jnp.arange(new.tokens.shape[1]), new.tokens.shape)
     segments = (columns < new.length[:, None]).astype(jnp.int32)
-    _, fresh = forward(
-        cfg, params, new.tokens, columns, segments, block=block, with_cache=True
-    )
+    _, fresh = forward(cfg, params, new.tokens, columns, segments, block=block, with_cache=True)
     cache = KeyValues(
         *(
             _on_mesh(
-                _scatter_cache, (P("fsdp"), _CACHE, _CACHE), _CACHE, new.slot, old,
+                _scatter_cache,
+                (P("fsdp"), _CACHE, _CACHE),
+                _CACHE,
+                new.slot,
+                old,
                 rows.swapaxes(2, 3),
             )
             for old, rows in zip(state.cache, fresh, strict=True)
@@ -171,7 +179,8 @@ def _write(axis: str | None, cache: Array, new: Array, layer: Array, position: A
 def _decode_hidden(cfg: ModelConfig, params: Params, state: SlotState):
     """One token per slot through all layers; the cache travels in the scan's carry."""
     rope = cos_sin(cfg, state.position[:, None])
-    limit = state.position[:, None]
+    block = cache_block(state.cache.keys.shape[2])
+    longest = jnp.max(jnp.where(state.done, 0, state.position))
     fresh = P("fsdp", "tp", None, None)
 
     def body(carry, layer):
@@ -182,17 +191,20 @@ def _decode_hidden(cfg: ModelConfig, params: Params, state: SlotState):
             updated = KeyValues(
                 *(
                     _on_mesh(
-                        _write, (_CACHE, fresh, P(), P("fsdp")), _CACHE, old, new, index,
+                        _write,
+                        (_CACHE, fresh, P(), P("fsdp")),
+                        _CACHE,
+                        old,
+                        new,
+                        index,
                         state.position,
                     )
                     for old, new in zip(cache, (k, v), strict=True)
                 )
             )
-            keys, values = (
-                jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False).swapaxes(1, 2)
-                for leaf in updated
-            )
-            return attention(q, (Source(keys, values, limit),)), updated
+            blocks = longest // block + 1
+            out = cached_attention(q, *updated, index, state.position, blocks, block=block)
+            return out, updated
 
         return run_block(cfg, weights, x, rope, attend), None
 
@@ -221,9 +233,7 @@ def decode(
     def body(carry):
         step, state = carry
         hidden, cache = _decode_hidden(cfg, params, state)
-        token, log_prob = sample(
-            how, limit, unembed(cfg, params, hidden), state.key, state.count
-        )
+        token, log_prob = sample(how, limit, unembed(cfg, params, hidden), state.key, state.count)
         busy = ~state.done
         column = jnp.arange(state.response.shape[1])[None, :]
         here = (column == state.count[:, None]) & busy[:, None]

@@ -51,9 +51,7 @@ def local_columns(
     return jnp.clip(columns, 0, local_size - 1), here
 
 
-def take(
-    z: Float[Array, "R V"], ids: Int[Array, "R k"], axis: str | None
-) -> Float[Array, "R k"]:
+def take(z: Float[Array, "R V"], ids: Int[Array, "R k"], axis: str | None) -> Float[Array, "R k"]:
     """Values of `z` at global ids."""
     columns, here = local_columns(ids, z.shape[-1], axis)
     values = jnp.take_along_axis(z, columns, axis=1)
