@@ -100,7 +100,7 @@ def default() -> ml_collections.ConfigDict:
     t.drop_remainder = 0  # W: drop the last N mod W prefixes of a step; 0 = drop nothing
     t.remat = True  # recompute activations in the backward pass: less memory, more time
     t.knowledge_rng = "released"  # which text a prefix gets: random.Random(step + 1000 * round)
-    t.moments_dtype = "float32"  # AdamW moments: 'float32' or 'bfloat16'
+    t.moments_dtype = "float32"  # AdamW's first moment: 'float32' or 'bfloat16'
 
     c.loss = ml_collections.ConfigDict()
     c.loss.top_k = 256  # support of the reverse KL: the student's k likeliest tokens
