@@ -17,6 +17,7 @@ from oel_jax.config import extraction_template, extractor_budget
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
 from oel_jax.lm.sampler import Completion, Request
+from oel_jax.metrics import printable
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, read
 from oel_jax.workdir import read_json, write_json
@@ -195,7 +196,7 @@ def _finish(run: Run, round_number: int) -> list[Path]:
         lines = [line for line in record["text"].split("\n") if line.strip()]
         newest = lines[-1].removeprefix(config.item_marker).strip() if lines else "(empty)"
         size = f"{len(lines)} line(s), {record['knowledge_tokens']} token(s)"
-        print(f"  chain {chain}: {size}: {newest[:72]}")
+        print(f"  chain {chain}: {size}: {printable(newest[:72])}")
         name = f"knowledge/chain_{chain:02d}"
         run.metrics.text(name, config.n, record["text"], "extract", round_number)
     if unfinished:

@@ -256,6 +256,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def printable(text: str) -> str:
+    """Outside text for a terminal: what is not printable (escape sequences, bells) becomes '?'."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     """A plain text table; the first column is left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from oel_jax.errors import UserError
-from oel_jax.metrics import Metrics, Progress, duration, read, table
+from oel_jax.metrics import Metrics, Progress, duration, printable, read, table
 from oel_jax.workdir import Workdir
 
 
@@ -167,3 +167,7 @@ def test_duration_and_table():
         "start        6.8 %",
         "round 1     28.9 %",
     ]
+
+
+def test_outside_text_cannot_drive_the_terminal():
+    assert printable("H loses \x1b[2J\x07\u202e √") == "H loses ?[2J?? √"
