@@ -1,7 +1,7 @@
-"""What the nano model says: letters, roles, thoughts and experience items, as exact text.
+"""What the nano models say: symbols, roles, thoughts and experience items, as exact text.
 
-One language serves all tasks. A thought states what each letter in view is believed to do, redraws
-the map with roles in place of letters, and names the step:
+One language serves both games and all tasks. A thought states what each symbol in view is believed
+to do, redraws the map with roles in place of symbols, and names the step:
 
     H loses. G wins (only a guess). P_x/x__/__*/ Go right to a free square.
 
@@ -15,28 +15,45 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-LETTERS = "HGKMTXOBDR"
-ROLES = ("lose", "win", "safe")
+SYMBOLS = "HGKMTXOBD#"
+LAKE_ROLES = ("lose", "win", "safe")
+ROOM_ROLES = ("wall", "box", "target")
+ROLES = LAKE_ROLES + ROOM_ROLES
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
-BELIEF = {"lose": " loses", "win": " wins", "safe": " is safe"}
-GUESS = " (only a guess)"
-MAP = {"lose": "x", "win": "*", "safe": "_", "player": "P", "free": "_"}
-GO = {name: f" Go {name}" for name in DIRECTIONS}
-TO_LETTER, TO_FREE, TO_WALL = " to ", " to a free square.", " into the wall."
-
-# (text before the letter, text after it): the role comes before the letter, so that the letter's
-# own position can carry it (look-up then needs one attention to the same letter)
-PHRASES: dict[str, tuple[tuple[str, str], ...]] = {
-    "lose": (("You lose on ", "."), ("The deadly symbol is ", "."), ("Never walk onto ", ".")),
-    "win": (("You win on ", "."), ("The goal symbol is ", "."), ("Always head for ", ".")),
-    "safe": (
-        ("Nothing happens on ", "."),
-        ("A harmless symbol is ", "."),
-        ("It is fine to cross ", "."),
-    ),
+BELIEF = {
+    "lose": " loses",
+    "win": " wins",
+    "safe": " idles",
+    "wall": " blocks",
+    "box": " moves",
+    "target": " scores",
 }
-PHRASE_WEIGHTS = (0.4, 0.35, 0.25)
+GUESS = " (only a guess)"
+MAP = {
+    "lose": "x",
+    "win": "*",
+    "safe": "_",
+    "wall": "x",
+    "box": "o",
+    "target": "*",
+    "player": "P",
+    "free": "_",
+}
+GO = {name: f" Go {name}" for name in DIRECTIONS}
+TO, TO_FREE, TO_WALL = " to ", " to a free square", " into the wall"
+PLAN = (" Player ", ", box ", ", target ", "; push ", " from ", ".")
+BEFORE, BEFORE_FREE = " before ", " before a free square"
+
+# What an item says of a symbol; the symbol comes first, then words. Three phrasings of each fact.
+PHRASES: dict[str, tuple[str, str, str]] = {
+    "lose": (" loses the game.", " is deadly.", " must be avoided."),
+    "win": (" wins the game.", " is the goal.", " must be reached."),
+    "safe": (" does nothing.", " is harmless.", " can be crossed."),
+    "wall": (" blocks the way.", " is a wall.", " stops every move."),
+    "box": (" moves when pushed.", " is the box.", " can be pushed."),
+    "target": (" scores with the box.", " is the target.", " must hold the box."),
+}
 ADVICE_TIME = "Only a few moves are allowed, so take a short path."
 ADVICE_WALL = "Moving into a wall wastes a move."
 ADVICE = (
@@ -45,6 +62,7 @@ ADVICE = (
     "Look at the whole board before the first step.",
     "Plan the path to the end, then move one step at a time.",
 )
+NOTHING_NEW = "Nothing new: the experience above holds."
 MARKER = "- EXPERIENCE ITEM: "
 HEADING = "Additional Experience (Rules or Strategies):\n# Experience\n"
 
@@ -54,7 +72,7 @@ INSTRUCTIONS = {
     "first": "name the first one",
     "last": "name the last one",
 }
-CROSSED = " On the way: "
+CROSSED, PUSHED, BLOCKED = " On the way: ", " Pushed: ", " Blocked by: "
 LAST_STEP = "The last step went"
 VERDICT = {
     "win": " The game was won.",
@@ -64,74 +82,38 @@ VERDICT = {
 }
 GLOSSARY_QUESTION = "\n\nWhat do these symbols do? "
 
-_SENTENCES = {(before, after): role for role, forms in PHRASES.items() for before, after in forms}
-_SENTENCE_PATTERN = re.compile(
-    "|".join(
-        f"(?P<f{i}>{re.escape(before)}(?P<l{i}>[A-Z]){re.escape(after)})"
-        for i, (before, after) in enumerate(_SENTENCES)
-    )
-)
+_PHRASE_ROLE = {phrase: role for role, phrases in PHRASES.items() for phrase in phrases}
+_FACT = re.compile(f"([{re.escape(SYMBOLS)}A-Z])({'|'.join(re.escape(p) for p in _PHRASE_ROLE)})")
 
 
-def fact_sentence(rng: random.Random, letter: str, role: str) -> str:
-    """One sentence that says what `letter` does; the phrasing is drawn."""
-    before, after = rng.choices(PHRASES[role], PHRASE_WEIGHTS)[0]
-    return f"{before}{letter}{after}"
+def fact_sentence(rng: random.Random, symbol: str, role: str, known: str = "") -> str | None:
+    """One sentence that says what `symbol` does, drawn among the phrasings that `known` lacks.
+
+    Returns None when `known` holds them all.
+    """
+    forms = [symbol + phrase for phrase in PHRASES[role]]
+    new = [form for form in forms if form not in known]
+    return rng.choice(new) if new else None
 
 
 def read_facts(text: str) -> list[tuple[str, str]]:
-    """All (letter, role) statements of a knowledge text, in order; anything else is ignored."""
-    roles = list(_SENTENCES.values())
-    found = []
-    for match in _SENTENCE_PATTERN.finditer(text):
-        index = int(str(match.lastgroup)[1:]) if match.lastgroup else 0
-        found.append((match.group(f"l{index}"), roles[index]))
-    return found
+    """All (symbol, role) statements of a knowledge text, in order; anything else is ignored."""
+    return [(m.group(1), _PHRASE_ROLE[m.group(2)]) for m in _FACT.finditer(text)]
 
 
-def votes(facts: Iterable[tuple[str, str]]) -> dict[str, Counter[str]]:
-    """Count of each role per letter."""
+def votes(facts: Iterable[tuple[str, str]], roles: Sequence[str]) -> dict[str, Counter[str]]:
+    """Count of each of `roles` per symbol; statements about other roles (games) are left out."""
     table: dict[str, Counter[str]] = {}
-    for letter, role in facts:
-        table.setdefault(letter, Counter())[role] += 1
+    for symbol, role in facts:
+        if role in roles:
+            table.setdefault(symbol, Counter())[role] += 1
     return table
 
 
-def guess(rng: random.Random, table: Mapping[str, Counter[str]], infer: bool) -> str:
-    """A guess about a letter that is not mentioned in what is known (`table`).
-
-    All roles are equally likely; with `infer` that holds only where nothing is known. Someone who
-    knows which letter wins is wary of the others, someone who knows none hopes for them.
-    """
-    if not (infer and table):
-        return rng.choice(ROLES)
-    goal_known = any(roles["win"] for roles in table.values())
-    return rng.choices(ROLES, (0.7, 0.1, 0.2) if goal_known else (0.1, 0.7, 0.2))[0]
-
-
-def believe(
-    rng: random.Random,
-    letters: Sequence[str],
-    facts: Iterable[tuple[str, str]],
-    *,
-    infer: bool = False,
-) -> tuple[dict[str, str], set[str]]:
-    """Belief about each letter: the majority of `facts` (ties drawn), else a fresh guess.
-
-    Returns the beliefs and the set of letters that were only guessed.
-    """
-    table = votes(facts)
-    beliefs, guessed = {}, set()
-    for letter in letters:
-        if letter in table:
-            top = max(table[letter].values())
-            beliefs[letter] = rng.choice(
-                sorted(role for role, count in table[letter].items() if count == top)
-            )
-        else:
-            beliefs[letter] = guess(rng, table, infer)
-            guessed.add(letter)
-    return beliefs, guessed
+def majority(rng: random.Random, counts: Counter[str]) -> str:
+    """The most frequent role; ties are drawn."""
+    top = max(counts.values())
+    return rng.choice(sorted(role for role, count in counts.items() if count == top))
 
 
 def belief_text(
@@ -142,28 +124,44 @@ def belief_text(
 ) -> str:
     """ "H loses. G wins (only a guess)."; `remark` = its probability when (guessed, known)."""
     parts = []
-    for letter, role in beliefs.items():
-        chance = remark[0] if letter in guessed else remark[1]
-        parts.append(letter + BELIEF[role] + (GUESS if rng.random() < chance else "") + ".")
+    for symbol, role in beliefs.items():
+        chance = remark[0] if symbol in guessed else remark[1]
+        parts.append(symbol + BELIEF[role] + (GUESS if rng.random() < chance else "") + ".")
     return " ".join(parts)
 
 
 def map_text(board: Sequence[str], beliefs: Mapping[str, str]) -> str:
-    """The board in view (rows of characters, 'P' drawn) with roles in place of letters."""
+    """The board in view (rows of characters) with roles in place of symbols.
+
+    'P' is the player; blanks and '_' are free ground.
+    """
     rows = []
     for row in board:
         cells = (
-            MAP["player"] if c == "P" else MAP["free"] if c == " " else MAP[beliefs[c]] for c in row
+            MAP["player"] if c == "P" else MAP["free"] if c in " _" else MAP[beliefs[c]]
+            for c in row
         )
         rows.append("".join(cells) + "/")
     return "".join(rows)
 
 
-def step_text(direction: str, target: str | None) -> str:
-    """`target`: the letter stepped onto, ' ' for free ground, None for the wall."""
-    if target is None:
-        return GO[direction] + TO_WALL
-    return GO[direction] + (TO_FREE if target == " " else f"{TO_LETTER}{target}.")
+def step_text(direction: str, ahead: str | None, beyond: str | None = None) -> str:
+    """ " Go right to X before O." from what lies ahead and, where it matters, behind that.
+
+    A blank or '_' is free ground, None lies outside the board.
+    """
+    return GO[direction] + reach_text(ahead, beyond)
+
+
+def reach_text(ahead: str | None, beyond: str | None = None) -> str:
+    """The second half of `step_text`: " to X before O."."""
+    if ahead is None:
+        return TO_WALL + "."
+    if ahead in " _":
+        return TO_FREE + "."
+    if beyond is None:
+        return f"{TO}{ahead}."
+    return f"{TO}{ahead}" + (BEFORE_FREE if beyond in " _" else f"{BEFORE}{beyond}") + "."
 
 
 def response(thought: str, answer: str) -> str:

@@ -12,8 +12,10 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import Params, forward, init_params, unembed
 from oel_jax.nano import vocabulary
-from oel_jax.nano.packing import TASK_NAMES, make_batch
+from oel_jax.nano.packing import TASK_NAMES, Batch, make_batch
 
 _MATRICES = {
     "q": MuonDimensionNumbers(1, (2, 3)),
@@ -42,10 +44,7 @@ _MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A member of the family and how long it is trained (rows of `length` tokens a step).
-
-    The last `late` of the `steps` are the phase in which players draw conclusions.
-    """
+    """A member of the family and how long it is trained; `packs` are (rows, tokens) of a step."""
 
     hidden: int
     layers: int
@@ -53,21 +52,27 @@ class Size:
     kv_heads: int
     mlp: int
     steps: int
-    late: int
-    rows: int = 10
-    length: int = 320
+    packs: tuple[tuple[int, int], ...] = ((2, 512), (4, 256), (16, 128))
     rate: float = 0.02
     adam_rate: float = 3e-3
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return sum(rows * length for rows, length in self.packs)
 
-EARLY = 0.14  # share of the steps that use the mixture `EARLY_TASKS`
-SIZES = {"small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=2600, late=700)}
+
+EARLY = 0.25  # share of the steps that use the mixture `EARLY_TASKS`
+SIZES = {
+    "tiny": Size(hidden=96, layers=4, heads=3, kv_heads=1, mlp=288, steps=3200),
+    "small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=3400),
+    "medium": Size(hidden=192, layers=5, heads=6, kv_heads=2, mlp=512, steps=2600),
+}
 
 
-def phase_of(size: Size, step: int, steps: int) -> str:
-    """Which mixture of examples a step uses: 'early', 'main' or 'late'."""
-    main = steps - size.late
-    return "early" if step < EARLY * main else "main" if step < main else "late"
+def phase_of(step: int, steps: int) -> str:
+    """Which mixture of examples a step uses: 'early' or 'main'."""
+    return "early" if step < EARLY * steps else "main"
 
 
 def hf_config(size: Size) -> dict[str, object]:
@@ -98,23 +103,18 @@ def hf_config(size: Size) -> dict[str, object]:
 
 @cache
 def make_optimizer(size: Size, steps: int) -> optax.GradientTransformation:
-    """Muon on the layers' matrices and Adam on the rest, both with warm-up and decay to zero.
-
-    The late phase has a lower rise and fall of its own.
-    """
-    main = steps - size.late
+    """Muon on the layers' matrices and Adam on the rest: warm-up, half the way level, then down to
+    zero."""
 
     def schedule(peak: float) -> optax.Schedule:
-        warm, hold = max(1, min(60, main // 10)), int(0.4 * main)
+        warm, hold = max(1, min(60, steps // 10)), steps // 2
         return optax.join_schedules(
             [
                 optax.linear_schedule(0.0, peak, warm),
                 optax.constant_schedule(peak),
-                optax.linear_schedule(peak, 0.0, max(1, main - hold)),
-                optax.linear_schedule(0.0, 0.5 * peak, warm),
-                optax.linear_schedule(0.5 * peak, 0.0, max(1, size.late - warm)),
+                optax.linear_schedule(peak, 0.0, max(1, steps - hold)),
             ],
-            [warm, hold, main, main + warm],
+            [warm, hold],
         )
 
     def numbers(params: Params) -> Params:
@@ -134,18 +134,24 @@ def make_optimizer(size: Size, steps: int) -> optax.GradientTransformation:
     )
 
 
-def loss(
-    params: Params, batch: tuple[jax.Array, ...], cfg: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted mean cross-entropy, and the mean over reply targets of each task [tasks]."""
-    tokens, targets, positions, segments, weights, tasks = batch
-    hidden = forward(cfg, params, tokens, positions, segments)
-    logits = unembed(cfg, params, hidden)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    each = jax.nn.logsumexp(logits, axis=-1) - picked
-    mine = jax.nn.one_hot(tasks, len(TASK_NAMES))
-    per_task = (each[..., None] * mine).sum((0, 1)) / jnp.maximum(mine.sum((0, 1)), 1)
-    return (each * weights).sum() / weights.sum(), per_task
+Arrays = tuple[tuple[jax.Array | np.ndarray, ...], ...]
+
+
+def loss(params: Params, batch: Arrays, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Weighted mean cross-entropy, and the mean over reply targets of each task [tasks] (NaN for a
+    task that is not in the batch)."""
+    total = jnp.zeros(2)
+    per_task = jnp.zeros((2, len(TASK_NAMES)))
+    for tokens, targets, positions, segments, weights, tasks in batch:
+        # Recomputing layers is faster than keeping their activations, on a CPU too.
+        hidden = forward(cfg, params, tokens, positions, segments, remat=True)
+        logits = unembed(cfg, params, hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        each = jax.nn.logsumexp(logits, axis=-1) - picked
+        mine = jax.nn.one_hot(tasks, len(TASK_NAMES))
+        total += jnp.stack([(each * weights).sum(), weights.sum()])
+        per_task += jnp.stack([(each[..., None] * mine).sum((0, 1)), mine.sum((0, 1))])
+    return total[0] / total[1], per_task[0] / per_task[1]
 
 
 @partial(jax.jit, static_argnames=("cfg", "optimizer"), donate_argnums=(0, 1))
@@ -160,6 +166,7 @@ class State:
     """Parameters and optimizer state, with their file."""
 
     def __init__(self, size: Size, steps: int, seed: int):
+        self.size = size
         self.cfg = ModelConfig.from_hf(hf_config(size))
         self.optimizer = make_optimizer(size, steps)
         self.identity = json.dumps({**dataclasses.asdict(size), "steps": steps, "seed": seed})
@@ -167,14 +174,20 @@ class State:
         self.state = jax.jit(self.optimizer.init)(self.params)
         self.step = 0
         self.seconds = 0.0
+        self.mean = np.full(len(TASK_NAMES) + 1, np.nan)  # running mean of the losses
 
-    def update(self, batch: tuple[np.ndarray, ...]) -> tuple[jax.Array, jax.Array]:
+    def update(self, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         """One step; returns loss and loss per task."""
         self.params, self.state, value, per_task = train_step(
             self.params, self.state, batch, self.cfg, self.optimizer
         )
         self.step += 1
         return value, per_task
+
+    def note(self, losses: np.ndarray) -> None:
+        """Take the losses of a step (per task, NaN where there are none; all) into the mean."""
+        losses = np.where(np.isnan(losses), self.mean, losses)
+        self.mean = np.where(np.isnan(self.mean), losses, 0.95 * self.mean + 0.05 * losses)
 
     def save(self, path: Path) -> None:
         """Write everything, atomically."""
@@ -185,6 +198,7 @@ class State:
             identity=self.identity,
             step=self.step,
             seconds=self.seconds,
+            mean=self.mean,
             **{f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)},
         )
         os.replace(scratch, path)
@@ -205,6 +219,7 @@ class State:
             loaded = [jnp.asarray(data[f"leaf{i}"]) for i in range(len(leaves))]
             self.params, self.state = jax.tree.unflatten(tree, loaded)
             self.step, self.seconds = int(data["step"]), float(data["seconds"])
+            self.mean = data["mean"]
 
 
 def run(
@@ -230,30 +245,40 @@ def run(
         run_state.restore(path)
         print(f"going on from step {run_state.step}", flush=True)
     before, began, first = run_state.seconds, time.monotonic(), run_state.step
-    mean = None
-    while run_state.step < stop:
-        phase = phase_of(size, run_state.step, steps)
-        batch = make_batch(encoder, seed, run_state.step, size.rows, size.length, phase)
-        value, per_task = run_state.update(batch.arrays())
-        parts = np.append(np.asarray(per_task), float(value))
-        mean = parts if mean is None else 0.95 * mean + 0.05 * parts
-        step = run_state.step
-        if step % 25 == 0 or step == stop:
-            elapsed = time.monotonic() - began
-            rate = (step - first) / elapsed
-            tasks = "  ".join(f"{n} {v:.3f}" for n, v in zip(TASK_NAMES, mean, strict=False))
-            print(
-                f"step {step}/{steps}  loss {mean[-1]:.4f}  {tasks}  "
-                f"{rate * size.rows * size.length / 1000:.1f}k tokens/s  "
-                f"ETA {(steps - step) / rate / 60:.1f} min",
-                flush=True,
-            )
-        if step % save_every == 0 or step == stop:
-            run_state.seconds = before + time.monotonic() - began
-            run_state.save(path)
-            losses = {n: float(v) for n, v in zip(TASK_NAMES, mean, strict=False)}
-            write_model(out, run_state, losses)
+    made = made_with()
+
+    def draw(step: int) -> tuple[Batch, ...]:
+        return make_batch(encoder, seed, step, size.packs, phase_of(step, steps))
+
+    with ThreadPoolExecutor(1) as drawing:  # the next batch is drawn while this one is computed
+        coming = drawing.submit(draw, run_state.step)
+        while run_state.step < stop:
+            batch = coming.result()
+            coming = drawing.submit(draw, run_state.step + 1)
+            value, per_task = run_state.update(tuple(pack.arrays() for pack in batch))
+            run_state.note(np.append(np.asarray(per_task), float(value)))
+            step = run_state.step
+            if step % 25 == 0 or step == stop:
+                rate = (step - first) / (time.monotonic() - began)
+                print(_progress(size, step, steps, rate, run_state.mean), flush=True)
+            if step % save_every == 0 or step == stop:
+                run_state.seconds = before + time.monotonic() - began
+                run_state.save(path)
+                write_model(out, run_state, made)
     return run_state
+
+
+def _progress(size: Size, step: int, steps: int, rate: float, mean: np.ndarray) -> str:
+    """One line: loss, loss per task, speed and time left."""
+    tasks = "  ".join(f"{n} {v:.3f}" for n, v in zip(TASK_NAMES, mean, strict=False))
+    for game, short in (("frozen_lake", "lake"), ("sokoban", "room")):
+        tasks = tasks.replace(game, short)
+    speed = rate * size.tokens / 1000
+    left = (steps - step) / rate / 60
+    return (
+        f"step {step}/{steps}  loss {mean[-1]:.4f}  {tasks}  {speed:.1f}k tokens/s  "
+        f"ETA {left:.1f} min"
+    )
 
 
 def prepare(size: Size, out: Path) -> None:
@@ -272,7 +297,26 @@ def prepare(size: Size, out: Path) -> None:
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def write_model(out: Path, state: State, losses: dict[str, float]) -> None:
+def made_with() -> dict[str, object]:
+    """Commit of this code (with a mark if it was changed since), library, and machine."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    changed = git("status", "--porcelain", "--", str(here)) not in ("", "unknown")
+    return {
+        "commit": git("rev-parse", "HEAD") + (" with changes" if changed else ""),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+    }
+
+
+def write_model(out: Path, state: State, made: dict[str, object]) -> None:
     """Weights in bf16 (through the project's own export) and the card."""
     from oel_jax.lm.huggingface import save_model
 
@@ -285,10 +329,24 @@ def write_model(out: Path, state: State, losses: dict[str, float]) -> None:
         "run": json.loads(state.identity),
         "step": state.step,
         "seconds": round(state.seconds, 1),
+        "tokens": state.step * state.size.tokens,
+        "made_with": made,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "loss": losses,
+        "loss": {
+            name: round(float(value), 4)
+            for name, value in zip(TASK_NAMES, state.mean, strict=False)
+        },
     }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def use_cores(count: int) -> None:
+    """Keep this process to `count` CPU cores; call before JAX computes anything.
+
+    XLA splits sums by the number of cores, so only a fixed number gives the same bits everywhere.
+    """
+    if count and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-count:])
 
 
 def main() -> None:
@@ -298,7 +356,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="default: what the size prescribes")
+    parser.add_argument(
+        "--cores", type=int, default=1, help="CPU cores to use; other numbers give other last bits"
+    )
     options = parser.parse_args()
+    if options.steps < 0 or options.cores < 0:
+        raise UserError("--steps and --cores must not be negative (0: the size's, all)")
+    use_cores(options.cores)
     if options.size not in SIZES:
         raise UserError(f"--size={options.size} does not exist; choose one of {', '.join(SIZES)}")
     size = SIZES[options.size]

@@ -1,8 +1,9 @@
 """The nano model's tokenizer: SentencePiece whose frequent phrases are single symbols.
 
 Boilerplate sentences of the prompts, board cells and the phrases of `language` are user-defined
-symbols (matched longest first, anywhere in the text), so a play prompt costs about 22 tokens.
-Everything else falls back to characters, a few merges and bytes: any text round-trips exactly.
+symbols (matched longest first, anywhere in the text), so a play prompt costs about 35 tokens in
+Frozen Lake and 52 in Sokoban. Experience items are words. Everything else falls back to characters,
+a few merges and bytes: any text round-trips exactly.
 Control tokens are SentencePiece control symbols, which plain text can never produce.
 """
 
@@ -13,11 +14,12 @@ from pathlib import Path
 import sentencepiece
 
 from oel_jax import prompts
-from oel_jax.games.adapter import GENERIC_RULES
+from oel_jax.games.adapter import GENERIC_RULES, ROUND_LIMIT
+from oel_jax.games.protocol import MAX_TURNS
 from oel_jax.nano import examples
 from oel_jax.nano import language as lang
 
-VOCABULARY = 704
+VOCABULARY = 768
 CONTROL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT = "<|endoftext|>"
 STOP = "<|im_end|>"
@@ -32,6 +34,8 @@ CHAT_TEMPLATE = (
     "{%- endif %}"
     "{%- endif %}"
 )
+_RESUBMIT = "Please resubmit a valid move and remember to follow the game rules to avoid penalties."
+_WALL_HIT = "You cannot move into a wall!"
 _RULE = "+-----+-----+-----+"
 _ACTIONS = ("up", "down", "left", "right", "w", "a", "s", "d")
 
@@ -43,58 +47,89 @@ def _prompt_symbols() -> list[str]:
     head, middle, tail = play.split(slot)
     opening = f"[GAME] {GENERIC_RULES}[GAME] Current Board:\n\n{_RULE}"
     symbols = [examples.ENGINE, head.removeprefix(examples.ENGINE).rstrip("\n"), tail]
-    symbols += ["\n" + middle.rstrip("\n").removeprefix("\n") + "\n" + opening]
+    between = "\n" + middle.rstrip("\n").removeprefix("\n") + "\n"
+    symbols += [between + opening, f"{between}[GAME] {GENERIC_RULES}\n        \n[GAME] ", between]
+    symbols += [f"[GAME] {GENERIC_RULES}\n        \n[GAME] "]
     for version in ("v3", "v4"):
         before, between, after = prompts.extraction_prompt(slot, slot, version=version).split(slot)
         symbols += [before, between.lstrip("\n").rstrip("\n"), after]
     return symbols
 
 
-def _game_symbols() -> list[str]:
+def _end_symbols() -> list[str]:
+    """How a game ends, as the extractor reads it."""
+    success = "\n\n\nSummary:\nFinal Result: Success\nFeedback: Congratulations! "
+    failure = "\n\n\nSummary:\nFinal Result: Failure\nFeedback: "
+    return [
+        f"{success}You reached the goal!\n\n",
+        f"{success}You have solved the Sokoban puzzle!\n\n",
+        f"{failure}You fell into a hole! Game over. You completed ",
+        "% of the journey to the goal.\n\n",
+        f"{failure}Invalid Move: You tried to move ",
+        " but hit a wall!\n\n",
+        f"{failure}Invalid Move: You cannot move into a wall!\n\n",
+        f"\n\n\n{ROUND_LIMIT}\n",
+        prompts.NO_PREVIOUS,
+        *(f"\n\nRound{t}_Output: " for t in range(MAX_TURNS)),
+        *(f"\nRound{t}_Input: " for t in range(MAX_TURNS)),
+    ]
+
+
+def _lake_symbols() -> list[str]:
     """Messages, positions and cells of Frozen Lake; a cell's token also says its column."""
     symbols = [
         f"\n\nAvailable Actions: {', '.join(f'[{a}]' for a in _ACTIONS)}",
         f"\nRound0_Input: [GAME] [GAME] Current Board:\n\n{_RULE}",
-        "\n\n\nSummary:\nFinal Result: Success\nFeedback: "
-        "Congratulations! You reached the goal!\n\n",
-        "\n\n\nSummary:\nFinal Result: Failure\nFeedback: You fell into a hole! Game over. "
-        "You completed ",
-        "% of the journey to the goal.\n\n",
-        "\n\n\nSummary:\nFinal Result: Failure\nFeedback: Invalid Move: You tried to move ",
-        " but hit a wall!\n\n",
-        "\n\n\nEnvironment terminated because the round limit is reached\n",
-        "No previous experience.",
     ]
-    symbols += [f"\n\nRound{t}_Output: " for t in range(5)]
-    symbols += [f"\nRound{t}_Input: \n" for t in range(1, 5)]
+    symbols += [f"\nRound{t}_Input: \n" for t in range(1, MAX_TURNS)]
     for d in lang.DIRECTIONS:
         symbols += [
             f"[{d}]",
             f"\n[Player] [{d}]\n",
             f"[GAME] You moved {d} to position ",
             f"[GAME] You attempted an invalid move. Reason: You tried to move {d} but hit a wall! "
-            "Please resubmit a valid move and remember to follow the game rules to avoid penalties."
-            f"\n[GAME] Current Board:\n\n{_RULE}",
+            f"{_RESUBMIT}\n[GAME] Current Board:\n\n{_RULE}",
         ]
     symbols += [
         f"({r}, {c}).\n[GAME] Current Board:\n\n{_RULE}" for r in range(3) for c in range(3)
     ]
-    for c in lang.LETTERS + "P ":
+    for c in lang.SYMBOLS + "P ":
         symbols += [f"\n|  {c}  |", f"  {c}  |", f"  {c}  |\n{_RULE}"]
     return symbols
 
 
+def _room_symbols() -> list[str]:
+    """Messages and cells of Sokoban; what lies between two inner rows is one token."""
+    symbols = [f"[GAME] You attempted an invalid move. Reason: {_WALL_HIT} {_RESUBMIT}"]
+    symbols += ["\nRound0_Input: [GAME] \n        \n[GAME] "]
+    for d in lang.DIRECTIONS:
+        symbols += [f"[GAME] You  moved [{d}].\n[GAME] "]
+        symbols += [f"[GAME] You pushed a box while moved [{d}].\n[GAME] "]
+    for c in lang.SYMBOLS + "P_√":
+        symbols += [f" {c}"]
+    for c in lang.SYMBOLS:
+        row = " ".join(c * 6)
+        symbols += [f"Current Board:\n\n{row}\n{c}", f" {c}\n{c}"]
+        symbols += [f" {c}\n{row}\n\nAvailable Moves: up, down, left, right"]
+    return symbols
+
+
 def _language_symbols() -> list[str]:
-    symbols = [*lang.LETTERS, "P", *dict.fromkeys(lang.MAP.values()), " ", "\n", ". ", ", "]
-    symbols += [f"{mark}/" for mark in dict.fromkeys(lang.MAP.values())]
+    cells = dict.fromkeys(lang.MAP.values())
+    symbols = [*lang.SYMBOLS, *cells, *(f"{mark}/" for mark in cells), " ", "\n", ". ", ", ", "."]
     symbols += [*lang.BELIEF.values(), " (only", " a", " guess)", *lang.GO.values()]
-    symbols += [f"{lang.TO_LETTER}{letter}." for letter in lang.LETTERS]
-    symbols += [lang.TO_FREE, lang.TO_WALL]
-    for forms in lang.PHRASES.values():
-        for before, after in forms:
-            symbols += [before] + [f"{before}{letter}{after}" for letter in lang.LETTERS]
-    symbols += [*lang.ADVICE, lang.MARKER, "\n" + lang.MARKER, lang.HEADING.rstrip("\n")]
-    symbols += [lang.LAST_STEP, lang.CROSSED, *lang.VERDICT.values(), lang.GLOSSARY_QUESTION]
+    symbols += [f"{lang.TO}{symbol}{end}" for symbol in lang.SYMBOLS for end in (".", "")]
+    symbols += [f"{lang.BEFORE}{symbol}." for symbol in lang.SYMBOLS]
+    symbols += [lang.TO_FREE + ".", lang.TO_WALL + ".", lang.BEFORE_FREE + "."]
+    symbols += [*lang.PLAN, *(f"{lang.PLAN[3]}{d}" for d in lang.DIRECTIONS)]
+    symbols += [f"{c}{r}{end}" for c in "abcd" for r in range(1, 5) for end in ("", ".")]
+    for phrases in lang.PHRASES.values():  # words, so that items are read word by word
+        symbols += [f" {word}" for phrase in phrases for word in phrase.strip(" .").split()]
+    symbols += [*lang.ADVICE, lang.NOTHING_NEW]
+    symbols += [lang.MARKER, "\n" + lang.MARKER, lang.HEADING.rstrip("\n")]
+    symbols += [lang.LAST_STEP, *lang.VERDICT.values(), lang.GLOSSARY_QUESTION]
+    for word in (lang.CROSSED, lang.PUSHED, lang.BLOCKED):
+        symbols += [f"{word}{symbol}." for symbol in lang.SYMBOLS]
     symbols += ["Symbols: ", ". Please ", *lang.INSTRUCTIONS.values(), "done"]
     # the brackets of a thought inside outside text (the control symbols never match there)
     return [*symbols, "user\n", "assistant\n", "<think", "</think", ">"]
@@ -102,7 +137,8 @@ def _language_symbols() -> list[str]:
 
 def symbols() -> list[str]:
     """All user-defined symbols, without doubles."""
-    every = _prompt_symbols() + _game_symbols() + _language_symbols()
+    every = _prompt_symbols() + _end_symbols() + _lake_symbols() + _room_symbols()
+    every += _language_symbols()
     return [s for s in dict.fromkeys(every) if s]
 
 
@@ -174,7 +210,7 @@ class Encoder:
         )
         self._ids = {piece: self._model.piece_to_id(piece) for piece in (*CONTROL, END_OF_TEXT)}
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str, thinking: bool = True) -> list[int]:
         """The chat prompt of one user message, ready for the reply."""
         start, end = self._ids["<|im_start|>"], self._ids["<|im_end|>"]
         return [
@@ -184,10 +220,13 @@ class Encoder:
             *self._model.encode("\n"),
             start,
             *self._model.encode("assistant\n"),
+            *([] if thinking else [self._ids["<think>"], self._ids["</think>"]]),
         ]
 
     def reply(self, text: str) -> list[int]:
-        """A reply with its thought brackets and the stop token as control ids."""
+        """A reply with its thought brackets (if any) and the stop token as control ids."""
+        if not text.startswith("<think>"):
+            return [*self._model.encode(text), self._ids[STOP]]
         thought, answer = text.removeprefix("<think>").split("</think>", 1)
         return [
             self._ids["<think>"],
