@@ -62,17 +62,14 @@ class Size:
         return sum(rows * length for rows, length in self.packs)
 
 
-EARLY = 0.25  # share of the steps that use the mixture `EARLY_TASKS`
+# The mixture `EARLY_TASKS` is used until look-up has emerged: until the running loss of the glossary
+# task falls below EMERGED, at most for half of the steps.
+EMERGED = 0.12
 SIZES = {
     "tiny": Size(hidden=96, layers=4, heads=3, kv_heads=1, mlp=288, steps=3200),
     "small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=3400),
     "medium": Size(hidden=192, layers=5, heads=6, kv_heads=2, mlp=512, steps=2600),
 }
-
-
-def phase_of(step: int, steps: int) -> str:
-    """Which mixture of examples a step uses: 'early' or 'main'."""
-    return "early" if step < EARLY * steps else "main"
 
 
 def hf_config(size: Size) -> dict[str, object]:
@@ -175,6 +172,7 @@ class State:
         self.step = 0
         self.seconds = 0.0
         self.mean = np.full(len(TASK_NAMES) + 1, np.nan)  # running mean of the losses
+        self.main_from = steps // 2  # first step with the main mixture
 
     def update(self, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         """One step; returns loss and loss per task."""
@@ -188,6 +186,9 @@ class State:
         """Take the losses of a step (per task, NaN where there are none; all) into the mean."""
         losses = np.where(np.isnan(losses), self.mean, losses)
         self.mean = np.where(np.isnan(self.mean), losses, 0.95 * self.mean + 0.05 * losses)
+        if self.mean[TASK_NAMES.index("glossary")] < EMERGED:
+            # The batch of the next step is already drawn.
+            self.main_from = min(self.main_from, self.step + 1)
 
     def save(self, path: Path) -> None:
         """Write everything, atomically."""
@@ -199,6 +200,7 @@ class State:
             step=self.step,
             seconds=self.seconds,
             mean=self.mean,
+            main_from=self.main_from,
             **{f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)},
         )
         os.replace(scratch, path)
@@ -219,7 +221,7 @@ class State:
             loaded = [jnp.asarray(data[f"leaf{i}"]) for i in range(len(leaves))]
             self.params, self.state = jax.tree.unflatten(tree, loaded)
             self.step, self.seconds = int(data["step"]), float(data["seconds"])
-            self.mean = data["mean"]
+            self.mean, self.main_from = data["mean"], int(data["main_from"])
 
 
 def run(
@@ -248,7 +250,8 @@ def run(
     made = made_with()
 
     def draw(step: int) -> tuple[Batch, ...]:
-        return make_batch(encoder, seed, step, size.packs, phase_of(step, steps))
+        phase = "early" if step < run_state.main_from else "main"
+        return make_batch(encoder, seed, step, size.packs, phase)
 
     with ThreadPoolExecutor(1) as drawing:  # the next batch is drawn while this one is computed
         coming = drawing.submit(draw, run_state.step)
@@ -330,6 +333,7 @@ def write_model(out: Path, state: State, made: dict[str, object]) -> None:
         "step": state.step,
         "seconds": round(state.seconds, 1),
         "tokens": state.step * state.size.tokens,
+        "main_from": state.main_from,
         "made_with": made,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "loss": {
