@@ -18,7 +18,7 @@ from oel_jax.nano.players import AnyWorld, Facts, Game, begin, decide, draw, pla
 ENGINE = "You are an agent playing a game on a grid, acting as a reasoning engine."
 THINKING = 0.85  # share of examples with the thinking mode on
 
-# Shares of the examples in the main phase, and in those before it, until look-up has emerged.
+# Shares of the examples; the early mixture is used until look-up has emerged.
 TASKS = {
     "play_frozen_lake": 0.08,
     "play_sokoban": 0.05,
@@ -43,9 +43,7 @@ EARLY_TASKS = {
     "glossary": 0.40,
     "instruct": 0.20,
 }
-DRILL_TASKS = EARLY_TASKS | {"glossary": 0.55, "instruct": 0.05}
-PLAIN = 0.8  # in the drill, the share of items whose first word after the symbol says it all
-_MIXTURES = {"early": EARLY_TASKS, "drill": DRILL_TASKS, "settle": EARLY_TASKS, "main": TASKS}
+_MIXTURES = {"early": EARLY_TASKS, "main": TASKS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +67,12 @@ def draw_version(rng: random.Random) -> str:
 
 
 def draw_items(
-    rng: random.Random,
-    facts: Facts,
-    limit: int = 16,
-    wrong: float = 0.04,
-    fresh: bool = False,
-    plain: float = 0.0,
+    rng: random.Random, facts: Facts, limit: int = 16, wrong: float = 0.04, fresh: bool = False
 ) -> list[str]:
     """An experience list around `facts`: repeated unevenly, partly wrong, with distractors.
 
     Every fact occurs at least once (rightly, but for the share `wrong`); the order is drawn. With
-    `fresh` no sentence occurs twice, as when an extractor never repeats itself. `plain` is the share
-    of sentences in the plainest phrasing.
+    `fresh` no sentence occurs twice, as when an extractor never repeats itself.
     """
     weights = [0.05 + rng.random() ** 2 for _ in facts]
     extra = 0
@@ -92,7 +84,7 @@ def draw_items(
         if rng.random() < wrong:
             family = lang.LAKE_ROLES if role in lang.LAKE_ROLES else lang.ROOM_ROLES
             role = rng.choice([r for r in family if r != role])
-        sentence = lang.fact_sentence(rng, symbol, role, "\n".join(items) if fresh else "", plain)
+        sentence = lang.fact_sentence(rng, symbol, role, "\n".join(items) if fresh else "")
         items += [sentence] if sentence else []
     while len(items) < limit and rng.random() < (0.25 if items else 0.9):
         items.append(rng.choice((*lang.ADVICE, lang.NOTHING_NEW)))
@@ -101,12 +93,7 @@ def draw_items(
 
 
 def draw_knowledge(
-    rng: random.Random,
-    world: AnyWorld,
-    *,
-    whole: float = 0.45,
-    others: float = 0.3,
-    plain: float = 0.0,
+    rng: random.Random, world: AnyWorld, *, whole: float = 0.45, others: float = 0.3
 ) -> list[str]:
     """Items about a world: all its symbols with probability `whole`, else some of them.
 
@@ -120,7 +107,7 @@ def draw_knowledge(
         same = lang.LAKE_ROLES if isinstance(world, lake.World) else lang.ROOM_ROLES
         roles = same if rng.random() < 0.7 else lang.ROLES
         facts += [(x, rng.choice(roles)) for x in rng.sample(absent, rng.choice((1, 1, 2, 3)))]
-    return draw_items(rng, facts, fresh=rng.random() < 0.5, plain=plain)
+    return draw_items(rng, facts, fresh=rng.random() < 0.5)
 
 
 def _midgame(rng: random.Random, world: AnyWorld) -> Game:
@@ -142,11 +129,11 @@ def draw_play(rng: random.Random, name: str, thinking: bool) -> Example:
     return Example(f"play_{name}", prompts.play_prompt(game.situation()), reply, thinking)
 
 
-def draw_known(rng: random.Random, name: str, thinking: bool, plain: float = 0.0) -> Example:
+def draw_known(rng: random.Random, name: str, thinking: bool) -> Example:
     """A turn with knowledge in the prompt."""
     world = draw(rng, name)
     game = _midgame(rng, world)
-    knowledge = knowledge_text(draw_knowledge(rng, world, plain=plain), draw_version(rng))
+    knowledge = knowledge_text(draw_knowledge(rng, world), draw_version(rng))
     facts = lang.read_facts(knowledge)
     _, reply = decide(rng, game, facts, clumsy=0.06, thinking=thinking)
     prompt = prompts.play_prompt(game.situation(), knowledge)
@@ -246,12 +233,12 @@ def draw_extract(rng: random.Random, name: str, thinking: bool) -> Example:
     return Example(f"extract_{name}", prompt, reply, thinking)
 
 
-def draw_glossary(rng: random.Random, thinking: bool, plain: float = 0.0) -> Example:
+def draw_glossary(rng: random.Random, thinking: bool) -> Example:
     """Recite what each of a few symbols does, from an experience list of one game."""
     module, roles = rng.choice(((lake, lang.LAKE_ROLES), (room, lang.ROOM_ROLES)))
     symbols = rng.sample(lang.SYMBOLS, rng.randint(1, 6))
     facts = [(x, rng.choice(roles)) for x in symbols]
-    items = draw_items(rng, facts, wrong=0.02, fresh=rng.random() < 0.3, plain=plain)
+    items = draw_items(rng, facts, wrong=0.02, fresh=rng.random() < 0.3)
     knowledge = knowledge_text(items, draw_version(rng))
     asked = rng.sample(symbols, max(1, len(symbols) - rng.choice((0, 0, 1, 3))))
     if rng.random() < 0.15:
@@ -290,26 +277,24 @@ def draw_instruct(rng: random.Random, thinking: bool) -> Example:
 
 _KINDS: dict[str, Callable[[random.Random, str, bool], Example]] = {
     "play": draw_play,
+    "known": draw_known,
     "raw": draw_raw,
     "extract": draw_extract,
 }
 
 
-def draw_task(rng: random.Random, task: str, plain: float = 0.0) -> Example:
-    """One example of a task; the mode (thinking or not) is drawn. `plain` as in `draw_items`."""
+def draw_task(rng: random.Random, task: str) -> Example:
+    """One example of a task; the mode (thinking or not) is drawn."""
     thinking = rng.random() < THINKING
     if task == "glossary":
-        return draw_glossary(rng, thinking, plain)
+        return draw_glossary(rng, thinking)
     if task == "instruct":
         return draw_instruct(rng, thinking)
     kind, _, name = task.partition("_")
-    if kind == "known":
-        return draw_known(rng, name, thinking, plain)
     return _KINDS[kind](rng, name, thinking)
 
 
 def draw_example(rng: random.Random, phase: str = "main") -> Example:
-    """One example of a phase ('early', 'drill', 'settle', 'main'), which differ in their shares."""
+    """One example of the phase 'early' or 'main', which have different shares of tasks."""
     mixture = _MIXTURES[phase]
-    task = rng.choices(list(mixture), list(mixture.values()))[0]
-    return draw_task(rng, task, PLAIN if phase == "drill" else 0.0)
+    return draw_task(rng, rng.choices(list(mixture), list(mixture.values()))[0])

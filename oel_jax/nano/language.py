@@ -86,18 +86,12 @@ _PHRASE_ROLE = {phrase: role for role, phrases in PHRASES.items() for phrase in 
 _FACT = re.compile(f"([{re.escape(SYMBOLS)}A-Z])({'|'.join(re.escape(p) for p in _PHRASE_ROLE)})")
 
 
-def fact_sentence(
-    rng: random.Random, symbol: str, role: str, known: str = "", plain: float = 0.0
-) -> str | None:
+def fact_sentence(rng: random.Random, symbol: str, role: str, known: str = "") -> str | None:
     """One sentence that says what `symbol` does, drawn among the phrasings that `known` lacks.
 
-    With probability `plain` it is the first phrasing, whose first word says it all. Returns None
-    when `known` holds them all.
+    Returns None when `known` holds them all.
     """
-    forms = [symbol + phrase for phrase in PHRASES[role]]
-    if plain and rng.random() < plain:
-        return forms[0]
-    new = [form for form in forms if form not in known]
+    new = [symbol + phrase for phrase in PHRASES[role] if symbol + phrase not in known]
     return rng.choice(new) if new else None
 
 

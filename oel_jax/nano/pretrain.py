@@ -52,7 +52,6 @@ class Size:
     kv_heads: int
     mlp: int
     steps: int
-    early: int
     packs: tuple[tuple[int, int], ...] = ((2, 512), (4, 256), (16, 128))
     rate: float = 0.02
     adam_rate: float = 3e-3
@@ -63,18 +62,14 @@ class Size:
         return sum(rows * length for rows, length in self.packs)
 
 
-# Phases: 'early' for `Size.early` steps; 'drill' and then 'settle' until look-up has emerged, which is
-# when the running loss of the glossary task falls below EMERGED (or when LATEST of the steps are
-# done); 'main' for the rest.
-PHASES = ("early", "drill", "settle", "main")
+# The mixture `EARLY_TASKS` is used until look-up has emerged: until the running loss of the glossary
+# task falls below EMERGED, at most for half of the steps.
 EMERGED = 0.12
-LATEST = 0.55
-
 
 SIZES = {
-    "tiny": Size(96, layers=4, heads=3, kv_heads=1, mlp=288, steps=3800, early=1250),
-    "small": Size(128, layers=4, heads=4, kv_heads=2, mlp=384, steps=3800, early=1250),
-    "medium": Size(192, layers=5, heads=6, kv_heads=2, mlp=512, steps=2600, early=300),
+    "tiny": Size(hidden=96, layers=4, heads=3, kv_heads=1, mlp=288, steps=3200),
+    "small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=3200),
+    "medium": Size(hidden=192, layers=5, heads=6, kv_heads=2, mlp=512, steps=2400),
 }
 
 
@@ -178,8 +173,7 @@ class State:
         self.step = 0
         self.seconds = 0.0
         self.mean = np.full(len(TASK_NAMES) + 1, np.nan)  # running mean of the losses
-        self.latest = int(LATEST * steps)
-        self.starts = np.array([0, min(size.early, self.latest), steps, steps])  # of the phases
+        self.main_from = steps // 2  # first step with the main mixture
 
     def update(self, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         """One step; returns loss and loss per task."""
@@ -193,16 +187,13 @@ class State:
         """Take the losses of a step (per task, NaN where there are none; all) into the mean."""
         losses = np.where(np.isnan(losses), self.mean, losses)
         self.mean = np.where(np.isnan(self.mean), losses, 0.95 * self.mean + 0.05 * losses)
-        glossary = TASK_NAMES.index("glossary")
-        now = PHASES.index(self.phase(self.step))
-        emerged = self.mean[glossary] < EMERGED or self.step >= self.latest
-        if PHASES[now] in ("drill", "settle") and emerged:
-            self.starts[now + 1] = self.step + 1  # the batch of the next step is already drawn
-            self.mean[glossary] = np.nan  # the next phase has a glossary of its own
+        if self.mean[TASK_NAMES.index("glossary")] < EMERGED:
+            # The batch of the next step is already drawn.
+            self.main_from = min(self.main_from, self.step + 1)
 
     def phase(self, step: int) -> str:
-        """The phase that a step (counted from 0) belongs to, as far as is known."""
-        return PHASES[int(np.searchsorted(self.starts, step, side="right")) - 1]
+        """Which mixture of examples a step (counted from 0) uses, as far as is known."""
+        return "early" if step < self.main_from else "main"
 
     def save(self, path: Path) -> None:
         """Write everything, atomically."""
@@ -214,7 +205,7 @@ class State:
             step=self.step,
             seconds=self.seconds,
             mean=self.mean,
-            starts=self.starts,
+            main_from=self.main_from,
             **{f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)},
         )
         os.replace(scratch, path)
@@ -235,7 +226,7 @@ class State:
             loaded = [jnp.asarray(data[f"leaf{i}"]) for i in range(len(leaves))]
             self.params, self.state = jax.tree.unflatten(tree, loaded)
             self.step, self.seconds = int(data["step"]), float(data["seconds"])
-            self.mean, self.starts = data["mean"], data["starts"]
+            self.mean, self.main_from = data["mean"], int(data["main_from"])
 
 
 def run(
@@ -346,7 +337,7 @@ def write_model(out: Path, state: State, made: dict[str, object]) -> None:
         "step": state.step,
         "seconds": round(state.seconds, 1),
         "tokens": state.step * state.size.tokens,
-        "phases": dict(zip(PHASES, state.starts.tolist(), strict=True)),
+        "main_from": state.main_from,
         "made_with": made,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "loss": {

@@ -2,7 +2,7 @@
 
 Boilerplate sentences of the prompts, board cells and the phrases of `language` are user-defined
 symbols (matched longest first, anywhere in the text), so a play prompt costs about 35 tokens in
-Frozen Lake and 52 in Sokoban. Experience items are words. Everything else falls back to characters,
+Frozen Lake and 52 in Sokoban. Every statement of an item is one symbol. Everything else falls back to characters,
 a few merges and bytes: any text round-trips exactly.
 Control tokens are SentencePiece control symbols, which plain text can never produce.
 """
@@ -19,7 +19,7 @@ from oel_jax.games.protocol import MAX_TURNS
 from oel_jax.nano import examples
 from oel_jax.nano import language as lang
 
-VOCABULARY = 768
+VOCABULARY = 896
 CONTROL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT = "<|endoftext|>"
 STOP = "<|im_end|>"
@@ -123,8 +123,10 @@ def _language_symbols() -> list[str]:
     symbols += [lang.TO_FREE + ".", lang.TO_WALL + ".", lang.BEFORE_FREE + "."]
     symbols += [*lang.PLAN, *(f"{lang.PLAN[3]}{d}" for d in lang.DIRECTIONS)]
     symbols += [f"{c}{r}{end}" for c in "abcd" for r in range(1, 5) for end in ("", ".")]
-    for phrases in lang.PHRASES.values():  # words, so that items are read word by word
+    for phrases in lang.PHRASES.values():
         symbols += [f" {word}" for phrase in phrases for word in phrase.strip(" .").split()]
+        # A whole statement is one symbol: read word by word, look-up did not emerge (README.md).
+        symbols += [symbol + phrase for phrase in phrases for symbol in lang.SYMBOLS]
     symbols += [*lang.ADVICE, lang.NOTHING_NEW]
     symbols += [lang.MARKER, "\n" + lang.MARKER, lang.HEADING.rstrip("\n")]
     symbols += [lang.LAST_STEP, *lang.VERDICT.values(), lang.GLOSSARY_QUESTION]
