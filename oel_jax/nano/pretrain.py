@@ -62,14 +62,14 @@ class Size:
         return sum(rows * length for rows, length in self.packs)
 
 
-# The mixture `EARLY_TASKS` is used until look-up has emerged: until the running loss of the glossary
-# task falls below EMERGED, at most for half of the steps.
+# The mixture `EARLY_TASKS` is used until look-up has emerged: until the running loss of the
+# glossary task falls below EMERGED, at most for half of the steps.
 EMERGED = 0.12
 
 SIZES = {
-    "tiny": Size(hidden=96, layers=4, heads=3, kv_heads=1, mlp=288, steps=3200),
-    "small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=3200),
-    "medium": Size(hidden=192, layers=5, heads=6, kv_heads=2, mlp=512, steps=2400),
+    "tiny": Size(hidden=96, layers=4, heads=3, kv_heads=1, mlp=288, steps=2800),
+    "small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=2800),
+    "medium": Size(hidden=192, layers=4, heads=6, kv_heads=2, mlp=576, steps=2200),
 }
 
 
