@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from oel_jax import knowledge, prompts
+from oel_jax import knowledge, negative_control, prompts
 from oel_jax.config_rules import HELD_OUT_BOARDS, PRESETS, rules
 from oel_jax.errors import UserError
 
@@ -37,9 +37,10 @@ def default() -> ml_collections.ConfigDict:
     c.rounds = 2  # rounds of deploy, extract, consolidate, evaluate; may be raised later
     c.preset = "default"  # which of PRESETS this config started from; set by apply_preset
     c.compilation_cache = ""  # XLA's compiled programs; '' = ~/.cache/oel_jax/xla, 'off' = none
+    c.negative_control = "none"  # breaks the method on purpose, see oel_jax/negative_control.py
 
     c.model = m = ml_collections.ConfigDict()
-    m.path = "Qwen/Qwen3-4B"  # 'nano' (bundled), a Hugging Face directory, or a hub id
+    m.path = "Qwen/Qwen3-4B"  # 'nano', 'nano:tiny' (bundled), a directory, or a hub id
     m.dtype = "bfloat16"  # compute dtype of student, teacher and sampler; masters are float32
     m.thinking = True  # thinking flag of the chat template, in play and in extraction
     m.attention_block = 512  # query rows per attention block: memory against speed
@@ -281,6 +282,9 @@ def validate(
 
 def _check_combinations(config: ml_collections.ConfigDict) -> None:
     e, s, t = config.extract, config.sampler, config.consolidate
+    control, game = config.negative_control, config.game.name
+    if control == "foreign_extraction" and game not in negative_control.OTHER_GAME:
+        _refuse("negative_control", control, f"another one, since {game!r} has no other game")
     if e.n > e.n_run:
         _refuse("extract.n", e.n, f"at most config.extract.n_run = {e.n_run}")
     if config.evaluate.curve and config.evaluate.curve[-1] > e.n_run:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from oel_jax.negative_control import CONTROLS
+
 PRESETS = ("default", "paper", "released")
 HELD_OUT_BOARDS = 128  # evaluation seeds of spec 3.2
 
@@ -86,6 +88,7 @@ def rules() -> dict[str, Rule]:
         "rounds": _POSITIVE,
         "preset": _choice(*PRESETS),
         "compilation_cache": _any_text,
+        "negative_control": _choice("none", *CONTROLS),
         "mesh.fsdp": _count_or_minus_one,
         "log.console_every": _number(0),
     }

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from oel_jax import knowledge
+from oel_jax import knowledge, negative_control
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 from oel_jax.distill.step import (
     StepConfig,
@@ -71,7 +71,11 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     step_config = StepConfig(
         model=teacher_model.cfg,
         kl=KLConfig(
-            config.loss.top_k, config.loss.temperature, config.loss.renorm, config.loss.chunk
+            config.loss.top_k,
+            config.loss.temperature,
+            config.loss.renorm,
+            config.loss.chunk,
+            negative_control.pick_support(config),
         ),
         dtype=dtype,
         remat=settings.remat,
@@ -144,7 +148,7 @@ def _texts(run: Run, round_number: int, model: LanguageModel) -> list[str]:
             f"knowledge of chain(s) {empty} is empty: prefixes that draw it are distilled from the "
             "teacher without knowledge"
         )
-    return texts
+    return negative_control.teacher_texts(run.config, round_number, texts)
 
 
 def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from oel_jax import games
+from oel_jax import games, negative_control
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.sampler import Completion, Request, Sampler
 from oel_jax.lm.sampling import Sampling
@@ -32,6 +32,7 @@ class Job:
       key: (purpose, parts...) the randomness of the game depends on.
       chain: chain seed index for evaluation and extraction games, None for deploy games.
       tag: for the caller.
+      game: name of the game; '' is the config's.
     """
 
     seed: int
@@ -39,6 +40,7 @@ class Job:
     knowledge: str = ""
     chain: int | None = None
     tag: object = None
+    game: str = ""
 
 
 @dataclass
@@ -60,7 +62,7 @@ class _Seat:
 
     def __init__(self, run: Run, model: LanguageModel, job: Job):
         self._run, self._model = run, model
-        game = games.make(run.config.game.name, job.seed, run.config.game.layout)
+        game = games.make(job.game or run.config.game.name, job.seed, run.config.game.layout)
         self.played = Played(job, game, [], [])
 
     def request(self) -> Request:
@@ -187,6 +189,7 @@ def _collect(
 ) -> np.ndarray:
     """Play what is missing of one collection, file by file in order; returns sums as `_count`."""
     config = run.config
+    game_name = negative_control.played_game(config, purpose)
     files[0].path.parent.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = []
     before: list[Trajectory] = []
@@ -199,7 +202,9 @@ def _collect(
         have = {game.seed for game in finished}
         parts = (purpose, round_number) if file.chain is None else (purpose, round_number, "game")
         jobs += [
-            Job(seed, parts, chain=file.chain, tag=file) for seed in file.seeds if seed not in have
+            Job(seed, parts, chain=file.chain, tag=file, game=game_name)
+            for seed in file.seeds
+            if seed not in have
         ]
     total = sum(len(file.seeds) for file in files)
     label = f"round {round_number} deploy for {_PURPOSE[purpose]}"
@@ -236,7 +241,7 @@ def _write(run, round_number, purpose, games_played, stats, model) -> None:
                 writer, current = TrajectoryWriter(file.path, sync_every=64), file
             writer.write(
                 Trajectory(
-                    game=run.config.game.name,
+                    game=played.job.game,
                     seed=played.job.seed,
                     policy=f"round_{round_number - 1:03d}",
                     round=round_number,

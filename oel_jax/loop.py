@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from oel_jax import negative_control
 from oel_jax.consolidate import consolidate
 from oel_jax.deploy import deploy
 from oel_jax.errors import UserError
@@ -39,6 +40,7 @@ _NEEDS = {
 
 def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
     """Run all rounds; `stages` limits what is done, finished stages are skipped."""
+    print(negative_control.announcement(run.config), end="")
     if "evaluate" in stages:
         _stage(run, 0, "evaluate", lambda: _evaluate_start(run))
     for number in range(1, run.config.rounds + 1):
@@ -138,10 +140,11 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
 
 def _texts(run: Run, number: int, n: int) -> list[str]:
     """The K texts after n trajectories."""
-    return [
+    texts = [
         read_json(run.workdir.knowledge_step(number, chain, n))["text"]
         for chain in range(run.config.extract.chains)
     ]
+    return negative_control.knowledge_texts(run.config, number, texts)
 
 
 def _log(run: Run, number: int, name: str, step: int, result: dict[str, Any]) -> None:
@@ -184,7 +187,8 @@ def _summary(run: Run) -> None:
             entry[name] = _short(workdir.evaluation(number, name))
         rounds.append(entry | {"seconds": seconds})
     start = _short(workdir.start_evaluation)
-    write_json(workdir.summary_file, {"start": start, "rounds": rounds})
+    summary = negative_control.mark(run.config) | {"start": start, "rounds": rounds}
+    write_json(workdir.summary_file, summary)
 
 
 def _rate(result: dict[str, Any] | None) -> str:
@@ -218,7 +222,7 @@ def _round_table(run: Run, number: int) -> str:
             part = (result or {}).get("unseen", {"maps": 0})
             row.append(_rate(part) if part["maps"] == unseen else "-")
         rows.append(row)
-    text = table(rows, headers)
+    text = negative_control.announcement(run.config) + table(rows, headers)
     text += f"\n{config.maps} held-out maps x {config.seeds} games each"
     if "random_policy" in last:
         text += (

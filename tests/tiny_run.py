@@ -50,6 +50,7 @@ FIELDS = {
     "extract.l_max": 48,
     "extract.max_prompt": 256,
     "consolidate.steps": 3,
+    "consolidate.learning_rate": 3e-4,
     "consolidate.save_every": 1,
     "consolidate.token_budget": 1024,
     "loss.top_k": 16,

@@ -14,6 +14,7 @@ The vocabulary stays split over 'tp' and the tokens over 'fsdp'; per chunk only 
 and a few scalars per token cross devices.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -35,12 +36,14 @@ class KLConfig:
       temperature: tau, applied to both sides.
       renorm: renormalise both sides over the support.
       chunk: tokens whose logits exist at one time; 0 takes 1/64 of the tokens, between 16 and 1024.
+      support: picks S: (student's logits, top_k, axis) -> (their values, their ids).
     """
 
     top_k: int = 256
     temperature: float = 0.7
     renorm: bool = False
     chunk: int = 0
+    support: Callable = vocab.top_k
 
     def chunk_for(self, tokens: int) -> int:
         """The chunk size used for this many tokens on one device."""
@@ -86,7 +89,7 @@ def _chunk_values(cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, w_
     """
     z = _logits(chunk.student, w_s, cfg.temperature)
     lse = vocab.logsumexp(z, axis)
-    top, ids = vocab.top_k(z, cfg.top_k, axis)
+    top, ids = cfg.support(z, cfg.top_k, axis)
     z_t = _logits(chunk.teacher, w_t, cfg.temperature)
     lse_t = vocab.logsumexp(z_t, axis)
     log_s = top - lse[:, None]

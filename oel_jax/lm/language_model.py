@@ -82,18 +82,23 @@ class LanguageModel:
 
 
 def bundled(path: str) -> str:
-    """The model shipped with the package for 'nano'; any other path unchanged."""
-    if path == "nano":
-        from oel_jax.nano import MODEL_DIR
+    """The model shipped with the package for 'nano' or 'nano:tiny'; any other path unchanged.
 
-        return str(MODEL_DIR)
-    return path
+    Raises:
+      UserError: there is no bundled model of that size.
+    """
+    name, colon, size = path.partition(":")
+    if name != "nano":
+        return path
+    from oel_jax.nano import MODEL_DIR, model_dir
+
+    return str(model_dir(size) if colon else MODEL_DIR)
 
 
 def load_model(
     path: str | Path, *, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> LanguageModel:
-    """Load a Hugging Face directory, a hub id, or 'nano' (the bundled model).
+    """Load a Hugging Face directory, a hub id, 'nano' or 'nano:SIZE' (bundled models).
 
     Args:
       path: where the model is.

@@ -2,8 +2,8 @@
 
 Boilerplate sentences of the prompts, board cells and the phrases of `language` are user-defined
 symbols (matched longest first, anywhere in the text), so a play prompt costs about 35 tokens in
-Frozen Lake and 52 in Sokoban. Every statement of an item is one symbol. Everything else falls back to characters,
-a few merges and bytes: any text round-trips exactly.
+Frozen Lake and 52 in Sokoban. Every statement of an item is one symbol. Everything else falls back
+to characters, a few merges and bytes: any text round-trips exactly.
 Control tokens are SentencePiece control symbols, which plain text can never produce.
 """
 
