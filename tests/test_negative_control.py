@@ -192,7 +192,7 @@ CHECKS = {
 
 def test_a_control_cannot_be_slipped_into_a_sound_run(sound, tmp_path, control):
     work = copy_of(sound, tmp_path / "run", "evaluate")
-    with pytest.raises(UserError, match=f"config.negative_control: 'none' -> '{control}'"):
+    with pytest.raises(UserError, match=f'config.negative_control: "none" -> "{control}"'):
         go(work, config_of(control))
 
 
