@@ -6,8 +6,9 @@ the target.
 
 Floor and ceiling: random actions pass 16.40 %, perfect play 113 of the 128 held-out maps (88.3 %),
 because five moves are all a game has.
-The model's own ceiling, with the truth in its prompt, is 71 %.
-Run time: not measured to the end yet; one round is about twice a round of nano_frozen_lake.
+The model's own ceiling, with the truth in its prompt, is 71 %. Seed 1: 23.7 % at the start, 66.7 %
+with knowledge in context, 70.8 % after round 1 (128 maps x 3 games; rounds 2 and 3 not run yet).
+Run time: about 5 minutes a round on one CPU core that was busy with other work.
 """
 
 import ml_collections
