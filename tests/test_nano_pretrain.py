@@ -185,7 +185,7 @@ def started():
 
 
 def phases_of(started, glossary_loss):
-    """The phase of every step, and the first main one on record, for such losses of the glossary."""
+    """The phase of every step for these glossary losses, and the first main step on record."""
     state, steps = copy.copy(started), 360
     drawn = [state.phase(0)]
     while len(drawn) < steps:

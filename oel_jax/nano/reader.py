@@ -101,6 +101,8 @@ class Reader:
             how=Sampling(temperature=TEMPERATURE),
             limit=self.model.vocab_limit,
             stop_ids=self.model.tokenizer.stop_ids,
+            # Replies have 20 to 40 tokens: a finished one waits for at most seven steps.
+            decode_steps=8,
             prefill_rows=prefill_rows,
         )
 
