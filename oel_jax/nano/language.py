@@ -86,12 +86,17 @@ _PHRASE_ROLE = {phrase: role for role, phrases in PHRASES.items() for phrase in 
 _FACT = re.compile(f"([{re.escape(SYMBOLS)}A-Z])({'|'.join(re.escape(p) for p in _PHRASE_ROLE)})")
 
 
+def statements(symbol: str, role: str) -> list[str]:
+    """Every phrasing of one fact."""
+    return [symbol + phrase for phrase in PHRASES[role]]
+
+
 def fact_sentence(rng: random.Random, symbol: str, role: str, known: str = "") -> str | None:
     """One sentence that says what `symbol` does, drawn among the phrasings that `known` lacks.
 
     Returns None when `known` holds them all.
     """
-    new = [symbol + phrase for phrase in PHRASES[role] if symbol + phrase not in known]
+    new = [line for line in statements(symbol, role) if line not in known]
     return rng.choice(new) if new else None
 
 

@@ -52,7 +52,7 @@ class Size:
     kv_heads: int
     mlp: int
     steps: int
-    packs: tuple[tuple[int, int], ...] = ((2, 512), (4, 256), (16, 128))
+    packs: tuple[tuple[int, int], ...] = ((4, 512), (8, 256))
     rate: float = 0.02
     adam_rate: float = 3e-3
 

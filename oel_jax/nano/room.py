@@ -137,10 +137,12 @@ class Room:
         self._errors = 0
         push = near == self.box
         if push:
-            self.pushed = True
             self.box = _step(near, direction)
         self.player = near
-        if push and self.box == self.world.target:
+        won = push and self.box == self.world.target
+        # What the last turn did is never shown, unless it ended the game.
+        self.pushed = self.pushed or (push and (won or self.turns < MAX_TURNS))
+        if won:
             self.result = "win"
             self.reason = "Congratulations! You have solved the Sokoban puzzle!"
             return
@@ -149,8 +151,10 @@ class Room:
 
     def _bump(self, near: Cell) -> None:
         self._errors += 1
-        self.blocked = self.blocked or self._is_wall(near)
-        if self._errors > 1:
+        over = self._errors > 1
+        shown = over or self.turns < MAX_TURNS
+        self.blocked = self.blocked or (shown and self._is_wall(near))
+        if over:
             self.result, self.reason = "invalid", f"Invalid Move: {_WALL_HIT}"
             return
         self._append(
