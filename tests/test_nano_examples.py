@@ -221,13 +221,7 @@ def test_extraction_examples_state_what_the_transcript_shows_and_nothing_twice(n
         if shown.result in ("win", "lose") and previous == "":
             assert facts[0][1] == ("target" if name == "sokoban" else shown.result)
         if example.thinking:
-            thought = example.reply.split("</think>")[0]
-            assert lang.VERDICT[shown.result] in thought
-            # The thought recalls the lines that already say what this game shows.
-            recalled = set(lang.read_facts(thought))
-            assert recalled >= shown.facts & set(lang.read_facts(previous))
-            assert recalled <= set(lang.read_facts(previous))
-            counts["recalled"] += len(recalled)
+            assert lang.VERDICT[shown.result] in example.reply.split("</think>")[0]
     least = {"win": 150, "time": 65, "invalid": 8} | (
         {"lose": 100} if name == "frozen_lake" else {}
     )
@@ -235,7 +229,6 @@ def test_extraction_examples_state_what_the_transcript_shows_and_nothing_twice(n
     assert set(results) == set(least)
     # Only Frozen Lake's last step can be told from the outcome: not to lose is to stand safely.
     assert counts["unseen"] < (0.06 * counts["facts"] if name == "frozen_lake" else 1)
-    assert counts["recalled"] > 100
 
 
 @pytest.mark.parametrize("name", GAMES)

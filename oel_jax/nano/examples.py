@@ -22,12 +22,12 @@ THINKING = 0.85  # share of examples with the thinking mode on
 TASKS = {
     "play_frozen_lake": 0.08,
     "play_sokoban": 0.05,
-    "known_frozen_lake": 0.20,
-    "known_sokoban": 0.20,
+    "known_frozen_lake": 0.22,
+    "known_sokoban": 0.22,
     "raw_frozen_lake": 0.03,
     "raw_sokoban": 0.02,
-    "extract_frozen_lake": 0.15,
-    "extract_sokoban": 0.12,
+    "extract_frozen_lake": 0.13,
+    "extract_sokoban": 0.10,
     "glossary": 0.10,
     "instruct": 0.05,
 }
@@ -204,14 +204,10 @@ def extraction_reply(
 ) -> str:
     """Thought and items for a finished game; no item repeats a line of `previous`.
 
-    Facts the game shows come first, in a phrasing that is not there yet; then advice. The thought
-    recalls what `previous` says of these facts: reading it back and then avoiding it is two easy
-    steps where avoiding it at once is a hard one (README.md).
+    Facts the game shows come first, in a phrasing that is not there yet; then advice.
     """
     items: list[str] = []
-    recalled: list[str] = []
     for symbol, role in game.evidence():
-        recalled += [line for line in lang.statements(symbol, role) if line in previous]
         sentence = lang.fact_sentence(rng, symbol, role, previous)
         if sentence and len(items) < 2:
             items.append(sentence)
@@ -221,8 +217,7 @@ def extraction_reply(
         items += advice[:1]
     answer = (lang.HEADING if version == "v4" else "") + knowledge_text(items, version)
     answer = answer.rstrip("\n")  # a bare heading where there is nothing left to say
-    thought = game.recap() + "".join(f"\n{line}" for line in recalled)
-    return lang.response(thought, answer) if thinking else answer
+    return lang.response(game.recap(), answer) if thinking else answer
 
 
 def draw_extract(rng: random.Random, name: str, thinking: bool) -> Example:
