@@ -1,5 +1,6 @@
 """The real boards as nano worlds, and an independent reader of transcripts, for the nano tests."""
 
+import random
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -8,6 +9,7 @@ from typing import NamedTuple
 from oel_jax import games
 from oel_jax.games.boards import frozen_lake_rows, sokoban_rows
 from oel_jax.nano.lake import World
+from oel_jax.nano.players import draw
 from oel_jax.nano.room import RoomWorld
 
 REAL = {
@@ -117,3 +119,10 @@ def _room_facts(after: str, board: Sequence[str], ahead: str, beyond: str) -> se
     if "You cannot move into a wall" in after and ahead == board[0][0]:
         return {(ahead, "wall")}
     return set()
+
+
+@cache
+def drawn(name):
+    """Many worlds of a game, as pre-training draws them."""
+    rng = random.Random(f"drawn {name}")
+    return [draw(rng, name) for _ in range(12_000 if name == "frozen_lake" else 6_000)]

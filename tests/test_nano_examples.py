@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_worlds import REAL, heldout_worlds, read_history, real_world
+from real_worlds import REAL, drawn, heldout_worlds, read_history, real_world
 
 from oel_jax import games, knowledge, prompts
 from oel_jax.errors import UserError

@@ -4,12 +4,11 @@ import json
 import random
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from real_worlds import REAL, heldout_worlds, real_world, room_of
+from real_worlds import REAL, drawn, heldout_worlds, real_world, room_of
 
 from oel_jax import games, prompts
 from oel_jax.games import boards, heldout_seeds
@@ -17,7 +16,7 @@ from oel_jax.games.adapter import GENERIC_RULES
 from oel_jax.games.frozen_lake import RULE_TEXT as LAKE_RULES
 from oel_jax.games.sokoban import RULE_TEXT as ROOM_RULES
 from oel_jax.nano import language as lang
-from oel_jax.nano.players import GAMES, begin, draw, play_out
+from oel_jax.nano.players import GAMES, begin, play_out
 from oel_jax.nano.room import Room, RoomWorld, carve, shortest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,12 +132,6 @@ def test_worlds_reproduce_the_golden_extraction_histories(name):
 
 
 # --- symbols and boards
-
-
-@cache
-def drawn(name):
-    rng = random.Random(f"drawn {name}")
-    return [draw(rng, name) for _ in range(12_000 if name == "frozen_lake" else 6_000)]
 
 
 def imbalance(pairs, roles):
