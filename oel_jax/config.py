@@ -58,6 +58,7 @@ def default() -> ml_collections.ConfigDict:
     s.max_len = 0  # cache length per slot in tokens; 0 = what the stage's budgets need
     s.decode_steps = 32  # tokens decoded per dispatch; speed only
     s.prefill_rows = 8  # prompts encoded per dispatch; speed only
+    s.prefill_chunk = 512  # longer prompts are encoded in pieces of so many tokens; memory only
     s.max_prompt = 2560  # play prompt without knowledge, in tokens: 512 per turn (spec 4.5)
     s.max_response = 1024  # tokens of one response in a game
 

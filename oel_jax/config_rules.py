@@ -98,7 +98,15 @@ def rules() -> dict[str, Rule]:
         "game": {"name": _text, "layout": _choice("released", "paper")},
         "sampler": {
             **dict.fromkeys(
-                ("slots", "decode_steps", "prefill_rows", "max_prompt", "max_response"), _POSITIVE
+                (
+                    "slots",
+                    "decode_steps",
+                    "prefill_rows",
+                    "prefill_chunk",
+                    "max_prompt",
+                    "max_response",
+                ),
+                _POSITIVE,
             ),
             "max_len": _integer(0),
         },

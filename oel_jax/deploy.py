@@ -5,7 +5,7 @@ knowledge (T, one file per chain, evaluation sampling) and games whose prefixes 
 (T', one file per optimizer step, plain temperature). Every game is played without knowledge.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,15 @@ import numpy as np
 
 from oel_jax import games, negative_control
 from oel_jax.lm.language_model import LanguageModel
+from oel_jax.lm.prefix import common_prefix
 from oel_jax.lm.sampler import Completion, Request, Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import Progress, table
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn
+
+SHARED_FROM = 64  # tokens: what is shorter is cheaper to encode again than to read apart
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Played:
 class _Seat:
     """A game in progress: makes the next request, takes the response."""
 
-    def __init__(self, run: Run, model: LanguageModel, job: Job):
-        self._run, self._model = run, model
+    def __init__(self, run: Run, model: LanguageModel, job: Job, prefix: tuple[int, ...]):
+        self._run, self._model, self._prefix = run, model, prefix
         game = games.make(job.game or run.config.game.name, job.seed, run.config.game.layout)
         self.played = Played(job, game, [], [])
 
@@ -75,7 +78,8 @@ class _Seat:
         job = played.job
         parts = (*job.key, job.seed, played.game.turns)
         key = run.key(*parts) if job.chain is None else run.chain_key(job.chain, *parts)
-        return Request(self._ids, key, run.config.sampler.max_response, self)
+        limit = run.config.sampler.max_response
+        return Request(self._ids, key, limit, self, prefix=self._prefix, session=self)
 
     def respond(self, done: Completion) -> None:
         """Let the model's response act on the game and record the turn."""
@@ -87,6 +91,20 @@ class _Seat:
         self.played.tokens.append(len(done.ids) - done.stopped)
 
 
+def shared_beginning(run: Run, model: LanguageModel, text: str) -> tuple[int, ...]:
+    """Ids that all play prompts with one knowledge text begin with; () if too few to matter.
+
+    They follow from the text alone, not from the games at hand, so that a resumed run cuts its
+    prompts at the same place.
+    """
+    first, second = (
+        model.tokenizer.chat(play_prompt(situation, text), thinking=run.config.model.thinking)
+        for situation in ("a", "1")
+    )
+    length = common_prefix(first, second)
+    return tuple(first[:length]) if length >= SHARED_FROM else ()
+
+
 def play(
     run: Run,
     model: LanguageModel,
@@ -94,16 +112,20 @@ def play(
     jobs: Iterable[Job],
     seats: int,
     progress: Progress,
+    prefixes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Played]:
     """Play games, `seats` at a time, and yield each as it ends (in no particular order).
 
     A game whose turn is answered takes its next turn at once; it does not wait for the others.
+
+    Args:
+      prefixes: `shared_beginning` of the prompts with each knowledge text.
     """
     waiting = iter(jobs)
 
     def sit() -> Iterator[Request]:
         for job in waiting:
-            yield _Seat(run, model, job).request()
+            yield _Seat(run, model, job, prefixes[job.knowledge]).request()
 
     newcomers = sit()
     sampler.submit(islice(newcomers, seats))
@@ -214,14 +236,17 @@ def _collect(
     with run.progress(total, "games", label, done=len(before)) as progress:
         if jobs:
             slots = min(config.sampler.slots, total)  # not what is left: a resumed run is the same
+            prefixes = {"": shared_beginning(run, model, "")}
             sampler = run.sampler(
                 model,
                 how,
                 prompt=config.sampler.max_prompt,
                 response=config.sampler.max_response,
                 slots=slots,
+                prefixes=prefixes.values(),
             )
-            games_played = in_order(play(run, model, sampler, jobs, slots, progress), jobs)
+            played = play(run, model, sampler, jobs, slots, progress, prefixes)
+            games_played = in_order(played, jobs)
             _write(run, round_number, purpose, games_played, stats, model)
     return stats
 

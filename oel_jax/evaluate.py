@@ -14,9 +14,8 @@ import numpy as np
 
 from oel_jax import games
 from oel_jax.config import play_budget
-from oel_jax.deploy import Job, Played, in_order, play
+from oel_jax.deploy import SHARED_FROM, Job, Played, in_order, play, shared_beginning
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval
 from oel_jax.workdir import read_json, write_bytes, write_json
@@ -44,16 +43,19 @@ def evaluate(
         return read_json(file)
     config = run.config.evaluate
     boards = games.heldout_seeds(config.maps)
+    slots = run.slots(config.seeds * config.maps)
+    lanes = run.lanes(len(set(texts)), slots)
     jobs = [
         Job(
-            seed,
+            boards[column],
             ("evaluate", round_number, name, index),
             knowledge=texts[index % len(texts)] if texts else "",
             chain=index,
             tag=(index, column),
         )
-        for index in range(config.seeds)
-        for column, seed in enumerate(boards)
+        for first in range(0, config.seeds, lanes)  # as many texts side by side as are shared
+        for column in range(config.maps)
+        for index in range(first, min(first + lanes, config.seeds))
     ]
     log = file.with_suffix(".games.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +63,20 @@ def evaluate(
     left = jobs[len(records) :]
     with run.progress(len(jobs), "games", label, done=len(records)) as progress:
         if left:
-            slots = min(run.config.sampler.slots, len(jobs))  # as in a run that was not interrupted
             prompt, response = play_budget(run.config, False)
-            if texts:
-                prompt += _knowledge_tokens(model, texts)
+            prefixes = {text: shared_beginning(run, model, text) for text in texts or [""]}
             sampler = run.sampler(
-                model, sampling(config), prompt=prompt, response=response, slots=slots
+                model,
+                sampling(config),
+                # room for a text that is too short to be shared, and for merges at its ends
+                prompt=prompt + (SHARED_FROM + 16 if texts else 0),
+                response=response,
+                slots=slots,
+                prefixes=prefixes.values(),
             )
+            games_played = play(run, model, sampler, left, slots, progress, prefixes)
             with log.open("a", encoding="utf-8") as out:
-                for played in in_order(play(run, model, sampler, left, slots, progress), left):
+                for played in in_order(games_played, left):
                     records.append(_record(played))
                     out.write(json.dumps(records[-1]) + "\n")
                     out.flush()
@@ -77,13 +84,6 @@ def evaluate(
     write_json(file, result)
     log.unlink(missing_ok=True)
     return result
-
-
-def _knowledge_tokens(model: LanguageModel, texts: Sequence[str]) -> int:
-    """What the longest text adds to a prompt, with a margin for merges at its ends."""
-    empty = len(model.tokenizer.encode(play_prompt("\n")))
-    longest = max(len(model.tokenizer.encode(play_prompt("\n", text))) for text in texts)
-    return longest - empty + 16
 
 
 def _record(played: Played) -> dict[str, Any]:
@@ -132,6 +132,7 @@ def _seen_boards(run: Run, round_number: int) -> set[str]:
 def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> dict[str, Any]:
     """Pass rates as fractions, intervals, lengths, and which games were won."""
     config = run.config.evaluate
+    records = sorted(records, key=lambda record: (record["seed_index"], record["map"]))
     shape = (config.seeds, config.maps)
     passes = np.array([record["passed"] for record in records]).reshape(shape)
     boards = [record["board"] for record in records[: config.maps]]

@@ -1,5 +1,6 @@
 """What every stage of a run shares: config, files, metrics, devices, and how to load a policy."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from oel_jax.lm.sampling import Sampling
 from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import Metrics, Progress
 from oel_jax.workdir import Workdir
+
+LANES = 4  # knowledge texts that are played with at the same time, at most
 
 
 @dataclass
@@ -49,16 +52,39 @@ class Run:
         """P_r in the compute dtype."""
         return self.load(self.policy_directory(round_number))
 
+    def slots(self, wanted: int = 0) -> int:
+        """Slots of a sampler: the config's, or as few as `wanted` needs on this mesh."""
+        fsdp, most = self.mesh.shape["fsdp"], self.config.sampler.slots
+        return min(most, -(-wanted // fsdp) * fsdp) if wanted else most
+
+    def lanes(self, texts: int, slots: int) -> int:
+        """How many of `texts` shared prefixes are read at once; their slots are equally many.
+
+        With several, slots that one text no longer needs do not stand still until all its games
+        have ended; with many, each is read for few slots.
+        """
+        each = slots // self.mesh.shape["fsdp"]
+        return max(m for m in range(1, LANES + 1) if m == 1 or (m <= texts and each % m == 0))
+
     def sampler(
-        self, model: LanguageModel, how: Sampling, *, prompt: int, response: int, slots: int = 0
+        self,
+        model: LanguageModel,
+        how: Sampling,
+        *,
+        prompt: int,
+        response: int,
+        slots: int = 0,
+        prefixes: Iterable[tuple[int, ...]] = (),
     ) -> Sampler:
         """A sampler for prompts of up to `prompt` tokens and responses of up to `response`.
 
-        `slots`: use fewer than the config's when there is less to do at once.
+        Args:
+          slots: use fewer than the config's when there is less to do at once.
+          prefixes: beginnings that prompts share; `prompt` does not count them.
         """
         s = self.config.sampler
-        fsdp = self.mesh.shape["fsdp"]
-        slots = min(s.slots, -(-slots // fsdp) * fsdp) if slots else s.slots
+        prefixes = {prefix for prefix in prefixes if prefix}
+        slots = self.slots(slots)
         rows = min(s.prefill_rows, slots)
         return Sampler(
             model.cfg,
@@ -72,6 +98,9 @@ class Run:
             dtype=DTYPES[self.config.model.dtype],
             decode_steps=s.decode_steps,
             prefill_rows=rows,
+            prefill_chunk=s.prefill_chunk,
+            longest_prefix=max(map(len, prefixes), default=0),
+            prefixes=self.lanes(len(prefixes), slots),
             block=self.config.model.attention_block,
         )
 

@@ -42,6 +42,7 @@ FREE_FIELDS = {
     "sampler.max_len": "room in the cache, not content",
     "sampler.decode_steps": "speed only",
     "sampler.prefill_rows": "speed only",
+    "sampler.prefill_chunk": "memory against speed",
     "model.attention_block": "memory against speed",
     "consolidate.save_every": "how often a checkpoint is written",
     "consolidate.remat": "memory against speed",

@@ -110,12 +110,15 @@ def test_knowledge_in_context_is_dealt_out_by_seed_and_by_n(finished_run, tmp_pa
         for n in (1, 2)
     }
     assert step[1] != step[2]
-    known = [job.knowledge for job in jobs]
     assert len(jobs) == 3 * 12
+    every = [(seed, column) for seed in range(3) for column in range(4)]
     for n, start in ((1, 0), (2, 12)):
-        expected = [step[n][seed % 2] for seed in range(3) for _ in range(4)]
-        assert known[start : start + 12] == expected
-    assert known[24:] == [""] * 12
+        part = jobs[start : start + 12]
+        assert sorted(job.tag for job in part) == every
+        assert all(job.knowledge == step[n][job.tag[0] % 2] for job in part)
+        # Both texts are played with at the same time, since each lies once in the sampler.
+        assert {job.tag[0] for job in part[:2]} == {0, 1}
+    assert [job.knowledge for job in jobs[24:]] == [""] * 12
     # n of the curve that is also the n of the round is measured once; all points are on record.
     names = contents(work, "round_001/evaluate/*")
     assert {name.rsplit("/")[-1] for name in names} == {

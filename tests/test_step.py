@@ -12,11 +12,12 @@ import pytest
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 from oel_jax.distill.reference import topk_reverse_kl
 from oel_jax.distill.step import StepConfig, accumulate, optimizer, update, zeros_like
-from oel_jax.distill.teacher import Teacher, common_prefix
+from oel_jax.distill.teacher import Teacher
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.model import Params, Prefix, forward, init_params, param_shardings, unembed
+from oel_jax.lm.prefix import common_prefix
 from oel_jax.parallel.mesh import make_mesh, put_batch
 from oel_jax.prompts import play_prompt
 

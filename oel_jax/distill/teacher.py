@@ -2,24 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from oel_jax.distill.packing import round_up
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.lm.model import KeyValues, Params, forward
-from oel_jax.parallel.mesh import put_batch
+from oel_jax.lm.model import KeyValues
+from oel_jax.lm.prefix import common_prefix, encode_prefix
 from oel_jax.prompts import with_knowledge
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of leading ids two sequences share."""
-    limit = min(len(first), len(second))
-    differ = np.flatnonzero(np.asarray(first[:limit]) != np.asarray(second[:limit]))
-    return int(differ[0]) if differ.size else limit
 
 
 @dataclass(frozen=True)
@@ -83,28 +73,10 @@ class Teacher:
         self._prefixes[text] = KnowledgePrefix(ids, self._encode(ids))
 
     def _encode(self, ids: Sequence[int]) -> KeyValues:
-        mesh = self.model.mesh
-        rows = mesh.shape["fsdp"]  # every device row encodes the same text: a batch it can split
-        width = round_up(len(ids))
-        tokens = np.zeros((rows, width), np.int32)
-        tokens[:, : len(ids)] = ids
-        positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
-        segments = (positions < len(ids)).astype(np.int32)
-        with jax.set_mesh(mesh):
-            batch = put_batch(mesh, (tokens, positions, segments))
-            return _encode(self.model.cfg, self.model.params, *batch, block=self._block)
-
-
-@partial(jax.jit, static_argnames=("cfg", "block"))
-def _encode(cfg, params: Params, tokens, positions, segments, *, block: int) -> KeyValues:
-    _, cache = forward(cfg, params, tokens, positions, segments, block=block, with_cache=True)
-    first = jax.P(None, None, "tp", None, None)
-    return KeyValues(
-        *(
-            (leaf if jax.sharding.get_abstract_mesh().empty else jax.reshard(leaf, first))[:, 0]
-            for leaf in cache
+        model = self.model
+        return encode_prefix(
+            model.cfg, model.mesh, model.params, ids, width=round_up(len(ids)), block=self._block
         )
-    )
 
 
 def cache_bytes(prefixes: Sequence[KnowledgePrefix]) -> int:

@@ -1,9 +1,9 @@
 """Host side of the sampler: requests go in, completions come out, slots refill as they free up."""
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,8 +13,18 @@ import numpy as np
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import Params
+from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length
 from oel_jax.lm.sampling import Sampling
-from oel_jax.lm.slots import Admission, decode, empty_state, prefill
+from oel_jax.lm.slots import (
+    Admission,
+    Piece,
+    admit,
+    copy_slots,
+    decode,
+    empty_state,
+    extend,
+    put_prefix,
+)
 from oel_jax.parallel.mesh import put_batch
 
 
@@ -29,12 +39,22 @@ def request_key(*parts: object) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation: prompt ids, random key and budget; `tag` is handed back untouched."""
+    """One generation: prompt ids, random key and budget; `tag` is handed back untouched.
+
+    Attributes:
+      prefix: ids that many prompts begin with (a knowledge text in its template). They are encoded
+        once and read by all; a prompt that shares only a part of them uses that part. The same
+        tuple must come with all these requests. () : none.
+      session: a conversation. What its next prompt has in common with its last one stays in the
+        slot and is not encoded again. None: the prompt stands alone.
+    """
 
     prompt: Sequence[int]
     key: np.ndarray
     max_new: int
     tag: Any = None
+    prefix: tuple[int, ...] = ()
+    session: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +73,44 @@ class Completion:
     stopped: bool
 
 
-def _bucket(length: int, longest: int) -> int:
-    """Padded prompt length: powers of two from 32, and the halves between them."""
-    size = 32
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, longest)
+@dataclass
+class _Slot:
+    """What the host knows of a slot.
+
+    Attributes:
+      running: the request that decodes in it.
+      session: whose last prompt and response lie in it.
+      held: the ids in its cache, behind the shared part.
+      shared: how much of the prefix its session reads.
+    """
+
+    running: Request | None = None
+    session: Hashable = None
+    held: Sequence[int] = ()
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A request on its way into a slot.
+
+    Attributes:
+      own: prompt ids behind the shared part.
+      start: how many of them are in the slot already.
+      source: the slot of an equal prompt that enters at the same time; -1: none.
+    """
+
+    request: Request
+    slot: int
+    shared: int
+    own: Sequence[int]
+    start: int
+    source: int = -1
+
+    @property
+    def missing(self) -> Sequence[int]:
+        """Ids to be encoded: the last prompt token is left for decoding."""
+        return self.own[self.start : -1]
 
 
 class Sampler:
@@ -66,10 +118,11 @@ class Sampler:
 
     `submit` queues requests; `poll` fills free slots, decodes up to `decode_steps` tokens and
     returns what finished. The parameters are an argument of `poll`: the sampler reads the very
-    arrays the trainer updates.
+    arrays the trainer updates (a caller that changes them calls `forget`).
 
-    Prompts are padded to a bucket that depends on their own length only, and always travel in
-    batches of `prefill_rows`: no shape, hence no result, depends on what else is in the batch.
+    Nothing that depends on what else is in the batch changes a result: prompts are padded to a
+    length that follows from their own, travel in batches of `prefill_rows`, and reuse only what
+    their own session and their own prefix say.
     """
 
     def __init__(
@@ -86,9 +139,17 @@ class Sampler:
         dtype: Any = jnp.float32,
         decode_steps: int = 16,
         prefill_rows: int = 8,
+        prefill_chunk: int = 512,
+        longest_prefix: int = 0,
+        prefixes: int = 1,
         block: int = 512,
     ):
-        """Allocate the cache: slots x max_len tokens.
+        """Allocate the caches: slots x max_len and prefixes x longest_prefix tokens.
+
+        Args:
+          max_len: tokens of prompt and response behind the shared prefix.
+          prefill_chunk: longer prompts are encoded in pieces of so many tokens.
+          prefixes: how many shared prefixes can be in use at once; each has its part of the slots.
 
         Raises:
           UserError: slots or prefill_rows are not a multiple of the mesh's 'fsdp' size.
@@ -100,22 +161,38 @@ class Sampler:
                     f"config.sampler.{name}={value} must be a positive multiple of "
                     f"config.mesh.fsdp={fsdp}"
                 )
+        if slots // fsdp % prefixes:
+            raise UserError(
+                f"{slots} slots on {fsdp} device(s) cannot be shared among {prefixes} prefixes: "
+                f"config.sampler.slots must be a multiple of both"
+            )
         self.cfg, self.mesh, self.how, self.limit = cfg, mesh, how, limit
         self.stop_ids = tuple(stop_ids)
         self.max_len, self.max_new = max_len, max_new
         self.decode_steps, self.prefill_rows, self.block = decode_steps, prefill_rows, block
+        self.prefill_chunk, self.longest_prefix = prefill_chunk, longest_prefix
         self._pending: deque[Request] = deque()
-        self._running: dict[int, Request] = {}
-        self._free = list(range(slots))[::-1]
-        self._slots = slots
+        self._slots = [_Slot() for _ in range(slots)]
+        self._per_device = slots // fsdp
+        self._prefixes: list[tuple[int, ...]] = [()] * prefixes
         self.generated = 0  # tokens, over the sampler's life
+        self.encoded = 0  # prompt tokens that went through the model, padding not counted
         with jax.set_mesh(mesh):
-            self._state = empty_state(cfg, mesh, slots, max_len, max_new, dtype)
+            self._state = empty_state(
+                cfg,
+                mesh,
+                slots,
+                max_len,
+                max_new,
+                dtype,
+                groups=prefixes,
+                shared=longest_prefix,
+            )
 
     @property
     def busy(self) -> bool:
         """Whether anything is queued or running."""
-        return bool(self._pending or self._running)
+        return bool(self._pending) or any(slot.running for slot in self._slots)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests.
@@ -124,7 +201,6 @@ class Sampler:
           UserError: an empty prompt, or one that cannot fit into the cache with its budget.
         """
         for request in requests:
-            need = len(request.prompt) + request.max_new
             if not request.prompt:
                 raise UserError("an empty prompt cannot be sampled from: give at least one token")
             if not 1 <= request.max_new <= self.max_new:
@@ -132,6 +208,7 @@ class Sampler:
                     f"a request asks for {request.max_new} new tokens; this sampler gives "
                     f"1 to {self.max_new} (config.sampler.max_response, config.extract.l_max)"
                 )
+            need = len(request.prompt) + request.max_new - self._shared(request)
             if need > self.max_len:
                 raise UserError(
                     f"a prompt of {len(request.prompt)} tokens plus {request.max_new} new ones "
@@ -144,9 +221,9 @@ class Sampler:
     def poll(self, params: Params) -> list[Completion]:
         """Fill free slots, decode once, return the completions (possibly none)."""
         with jax.set_mesh(self.mesh):
-            while self._pending and self._free:
-                self._admit(params)
-            if not self._running:
+            if self._pending:
+                self._fill(params)
+            if not any(slot.running for slot in self._slots):
                 return []
             self._state = decode(
                 self.cfg,
@@ -161,68 +238,245 @@ class Sampler:
 
     def generate(self, params: Params, requests: Sequence[Request]) -> list[Completion]:
         """Run all requests; completions in the order of the requests."""
-        self.submit(Request(r.prompt, r.key, r.max_new, index) for index, r in enumerate(requests))
+        self.submit(replace(request, tag=index) for index, request in enumerate(requests))
         results: list[Completion | None] = [None] * len(requests)
         while self.busy:
             for done in self.poll(params):
                 tag = requests[done.tag].tag
-                results[done.tag] = Completion(tag, done.ids, done.log_probs, done.stopped)
+                results[done.tag] = replace(done, tag=tag)
         return results  # type: ignore[return-value]
 
-    def _admit(self, params: Params) -> None:
-        """Prefill one batch: the pending requests that share the first one's bucket."""
-        size = _bucket(max(len(self._pending[0].prompt) - 1, 1), self.max_len)
-        room = min(self.prefill_rows, len(self._free))
-        batch: list[Request] = []
-        later: deque[Request] = deque()
-        while self._pending and len(batch) < room:
-            request = self._pending.popleft()
-            fits = _bucket(max(len(request.prompt) - 1, 1), self.max_len) == size
-            (batch if fits else later).append(request)
-        self._pending.extendleft(reversed(later))
-        rows = self.prefill_rows
-        tokens = np.zeros((rows, size), np.int32)
-        numbers = np.zeros((rows, 3), np.int32)  # length, last, budget
-        slot = np.full(rows, self._slots, np.int32)
-        keys = np.zeros((rows, 2), np.uint32)
-        for row, request in enumerate(batch):
-            prompt = np.asarray(request.prompt, np.int32)
-            tokens[row, : len(prompt) - 1] = prompt[:-1]
-            numbers[row] = len(prompt) - 1, prompt[-1], request.max_new
-            slot[row], keys[row] = self._free.pop(), request.key
-            self._running[int(slot[row])] = request
-        new = Admission(
-            tokens=tokens,
-            length=numbers[:, 0].copy(),
-            last=numbers[:, 1].copy(),
-            slot=slot,
-            key=keys,
-            budget=numbers[:, 2].copy(),
+    def forget(self) -> None:
+        """Drop everything kept for reuse: call it when the parameters have changed."""
+        self._prefixes = [()] * len(self._prefixes)
+        for slot in self._slots:
+            slot.session = None
+
+    # --- who enters which slot
+
+    def _shared(self, request: Request) -> int:
+        """How much of the shared prefix a prompt reads; its last token is always its own."""
+        if not self.longest_prefix or not request.prefix:
+            return 0
+        return min(common_prefix(request.prompt, request.prefix), len(request.prompt) - 1)
+
+    def _fill(self, params: Params) -> None:
+        """Put as many pending requests as possible into slots and encode their prompts."""
+        entries = self._continue() + self._begin(params)
+        for batch in self._batches(entries):
+            self._encode(params, batch)
+        self._copy([entry for entry in entries if entry.source >= 0])
+        rows = self.prefill_rows // self._devices
+        for batch in self._rows_of(entries, rows):
+            self._admit(batch)
+
+    @property
+    def _devices(self) -> int:
+        return len(self._slots) // self._per_device
+
+    def _lane(self, slot: int) -> int:
+        """The prefix that a slot reads."""
+        return slot % self._per_device % len(self._prefixes)
+
+    def _continue(self) -> list[_Entry]:
+        """Requests whose session has a slot go there."""
+        kept = {slot.session: i for i, slot in enumerate(self._slots) if slot.session is not None}
+        entries, others = [], deque()
+        for request in self._pending:
+            index = kept.get(request.session) if request.session is not None else None
+            if index is None or self._slots[index].running:
+                others.append(request)
+                continue
+            slot, shared = self._slots[index], self._shared(request)
+            own = request.prompt[shared:]
+            same = shared == slot.shared and self._prefixes[self._lane(index)] == request.prefix
+            start = min(common_prefix(own, slot.held), len(own) - 1) if same else 0
+            if not same and shared:
+                others.append(request)  # another prefix: it must go where that one is read
+                slot.session = None
+                continue
+            entries.append(self._enter(request, index, shared, start))
+        self._pending = others
+        return entries
+
+    def _begin(self, params: Params) -> list[_Entry]:
+        """Requests from the front of the queue go into free slots that read their prefix."""
+        free: list[list[int]] = [[] for _ in self._prefixes]
+        busy = [False] * len(self._prefixes)
+        # Slots with nothing worth keeping come first, and devices take turns.
+        order = sorted(
+            range(len(self._slots)),
+            key=lambda i: (self._slots[i].session is not None, i % self._per_device),
         )
-        new = put_batch(self.mesh, new)
-        self._state = prefill(self.cfg, params, self._state, new, block=self.block)
+        for index in reversed(order):
+            lane = self._lane(index)
+            if self._slots[index].running:
+                busy[lane] = True
+            else:
+                free[lane].append(index)
+        entries: list[_Entry] = []
+        leaders: dict[tuple, int] = {}
+        others: deque[Request] = deque()
+        while self._pending and any(free):
+            request = self._pending.popleft()
+            lane = self._choose(request, free, busy, params)
+            if lane is None:
+                others.append(request)
+                continue
+            busy[lane] = True
+            index = free[lane].pop()
+            shared = self._shared(request)
+            same = (index // self._per_device, lane, shared, tuple(request.prompt))
+            source = leaders.setdefault(same, index)
+            entries.append(
+                self._enter(request, index, shared, 0, source if source != index else -1)
+            )
+        self._pending.extendleft(reversed(others))
+        return entries
+
+    def _choose(
+        self, request: Request, free: list[list[int]], busy: list[bool], params: Params
+    ) -> int | None:
+        """A lane with a free slot that reads the request's prefix, loading that if need be."""
+        open_lanes = [lane for lane in range(len(free)) if free[lane]]
+        if not self._shared(request):
+            return max(open_lanes, key=lambda lane: len(free[lane]))
+        if request.prefix in self._prefixes:
+            lane = self._prefixes.index(request.prefix)
+            return lane if free[lane] else None
+        lane = next((lane for lane in open_lanes if not busy[lane]), None)
+        if lane is not None:
+            self._load(lane, request.prefix, params)
+        return lane
+
+    def _enter(
+        self, request: Request, index: int, shared: int, start: int, source: int = -1
+    ) -> _Entry:
+        own = request.prompt[shared:]
+        self._slots[index] = _Slot(request, request.session, own, shared)
+        return _Entry(request, index, shared, own, start, source)
+
+    # --- what the device does for them
+
+    def _load(self, lane: int, prefix: tuple[int, ...], params: Params) -> None:
+        """Encode a shared prefix into a lane in which nothing runs."""
+        for index, slot in enumerate(self._slots):
+            if self._lane(index) == lane:
+                slot.session = None
+        if len(prefix) > self.longest_prefix:
+            raise ValueError(f"a prefix of {len(prefix)} tokens; room for {self.longest_prefix}")
+        width = min(padded_length(len(prefix)), self._state.bank.keys.shape[2])
+        cache = encode_prefix(self.cfg, self.mesh, params, prefix, width=width, block=self.block)
+        self._state = put_prefix(self._state, np.int32(lane), cache)
+        self._prefixes[lane] = prefix
+        self.encoded += len(prefix)
+
+    def _batches(self, entries: Sequence[_Entry]) -> list[list[_Entry]]:
+        """Entries that can be encoded together: one lane, equal number of pieces and padding."""
+        shapes: dict[tuple, list[_Entry]] = defaultdict(list)
+        for entry in entries:
+            if entry.missing and entry.source < 0:
+                whole, rest = divmod(len(entry.missing), self.prefill_chunk)
+                lane = self._lane(entry.slot) if entry.shared else -1
+                shapes[lane, whole, padded_length(rest) if rest else 0].append(entry)
+        rows = self.prefill_rows // self._devices
+        return [batch for some in shapes.values() for batch in self._rows_of(some, rows)]
+
+    def _rows_of(self, entries: Sequence[_Entry], rows: int) -> list[list[_Entry]]:
+        """Batches with at most `rows` entries for each device."""
+        waiting: list[list[_Entry]] = [[] for _ in range(self._devices)]
+        for entry in entries:
+            waiting[entry.slot // self._per_device].append(entry)
+        count = max((-(-len(some) // rows) for some in waiting), default=0)
+        return [
+            [entry for some in waiting for entry in some[i * rows : (i + 1) * rows]]
+            for i in range(count)
+        ]
+
+    def _places(self, batch: Sequence[_Entry]) -> list[int]:
+        """The row of each entry: rows of its slot's device."""
+        rows = self.prefill_rows // self._devices
+        used = [0] * self._devices
+        places = []
+        for entry in batch:
+            device = entry.slot // self._per_device
+            places.append(device * rows + used[device])
+            used[device] += 1
+        return places
+
+    def _encode(self, params: Params, batch: Sequence[_Entry]) -> None:
+        """Write the missing prompt tokens of a batch into its slots, piece by piece."""
+        whole, rest = divmod(len(batch[0].missing), self.prefill_chunk)
+        sizes = [self.prefill_chunk] * whole + ([padded_length(rest)] if rest else [])
+        places, rows = self._places(batch), self.prefill_rows
+        for number, size in enumerate(sizes):
+            tokens = np.zeros((rows, size), np.int32)
+            length, column, shared = (np.zeros(rows, np.int32) for _ in range(3))
+            slot = np.full(rows, self._per_device, np.int32)
+            for row, entry in zip(places, batch, strict=True):
+                first = number * self.prefill_chunk
+                piece = entry.missing[first : first + self.prefill_chunk]
+                tokens[row, : len(piece)] = piece
+                length[row], column[row] = len(piece), entry.start + first
+                slot[row], shared[row] = entry.slot % self._per_device, entry.shared
+                self.encoded += len(piece)
+            arrays = put_batch(self.mesh, (tokens, length, column, slot, shared))
+            group = np.int32(self._lane(batch[0].slot))
+            self._state = extend(self.cfg, params, self._state, Piece(*arrays, group))
+
+    def _copy(self, entries: Sequence[_Entry]) -> None:
+        """Equal prompts are encoded once: the others copy them."""
+        longest: dict[int, list[_Entry]] = defaultdict(list)
+        for entry in entries:
+            if entry.missing:
+                width = min(padded_length(len(entry.missing)), self._state.cache.keys.shape[2])
+                longest[width].append(entry)
+        for width, some in longest.items():
+            for batch in self._rows_of(some, self.prefill_rows // self._devices):
+                source, target = (
+                    np.full(self.prefill_rows, self._per_device, np.int32) for _ in range(2)
+                )
+                for row, entry in zip(self._places(batch), batch, strict=True):
+                    source[row] = entry.source % self._per_device
+                    target[row] = entry.slot % self._per_device
+                both = put_batch(self.mesh, (source, target))
+                self._state = copy_slots(self._state, *both, width=width)
+
+    def _admit(self, batch: Sequence[_Entry]) -> None:
+        """Let a batch decode."""
+        rows = self.prefill_rows
+        slot = np.full(rows, self._per_device, np.int32)
+        last, column, shared, budget = (np.zeros(rows, np.int32) for _ in range(4))
+        key = np.zeros((rows, 2), np.uint32)
+        for row, entry in zip(self._places(batch), batch, strict=True):
+            slot[row], key[row] = entry.slot % self._per_device, entry.request.key
+            last[row], column[row] = entry.own[-1], len(entry.own) - 1
+            shared[row], budget[row] = entry.shared, entry.request.max_new
+        new = put_batch(self.mesh, (slot, last, column, shared, key, budget))
+        self._state = admit(self._state, Admission(*new))
 
     def _collect(self) -> list[Completion]:
         """Fetch the slots that have just finished and free them."""
         done = np.asarray(self._state.done)
-        finished = [slot for slot in self._running if done[slot]]
+        finished = [i for i, slot in enumerate(self._slots) if slot.running and done[i]]
         if not finished:
             return []
         count, ids, log_probs = jax.device_get(
             (self._state.count, self._state.response, self._state.log_prob)
         )
         completions = []
-        for slot in finished:
-            request, length = self._running.pop(slot), int(count[slot])
-            response = ids[slot, :length].tolist()
+        for index in finished:
+            slot, length = self._slots[index], int(count[index])
+            response = ids[index, :length].tolist()
             completions.append(
                 Completion(
-                    tag=request.tag,
+                    tag=slot.running.tag,
                     ids=response,
-                    log_probs=log_probs[slot, :length].copy(),
+                    log_probs=log_probs[index, :length].copy(),
                     stopped=response[-1] in self.stop_ids,
                 )
             )
-            self._free.append(slot)
+            # The last sampled token was never read, so its keys and values are not in the cache.
+            slot.running, slot.held = None, [*slot.held, *response[:-1]]
             self.generated += length
         return completions

@@ -1,11 +1,15 @@
-"""Device side of the sampler: the slot state, jitted prefill and multi-token decode.
+"""Device side of the sampler: the slot state, and the jitted calls that fill and decode slots.
 
 A slot owns one row of the key/value cache and of every small array in `SlotState`; nothing a slot
-computes depends on another slot. `prefill` writes the cache of all prompt tokens but the last;
-`decode` feeds the last one, so that logits are made and sampled in one place only.
+computes depends on another slot. `extend` writes the cache of prompt tokens (all but the last, in
+one or several pieces, behind what the slot already holds); `decode` feeds the last one, so that
+logits are made and sampled in one place only.
+
+Slots are split over 'fsdp' and a slot is filled by a row of its own device, so neither call moves
+keys or values between devices. What many slots share (a knowledge text) lies once in the bank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oel_jax.lm.attention import cached_attention
 from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.model import KeyValues, Params, embed, forward, rms_norm, run_block, unembed
+from oel_jax.lm.model import KeyValues, Params, embed, rms_norm, run_block, unembed
 from oel_jax.lm.rope import cos_sin
 from oel_jax.lm.sampling import Sampling, sample
 from oel_jax.parallel.mesh import spec
@@ -24,14 +28,19 @@ from oel_jax.parallel.mesh import spec
 @jax.tree_util.register_dataclass
 @dataclass
 class SlotState:
-    """All slots; B slots, S cache positions, R response tokens.
+    """All slots; B slots, S cache positions, M shared prefixes of P positions, R response tokens.
+
+    A slot reads the first `shared` positions of one prefix and then its own cache: slot b of a
+    device reads prefix b % M. The rotary position of its next token is shared + column.
 
     Attributes:
-      cache: keys and values, [L, B, S, K, H]; positions < `position` are written. Here S stands
+      cache: keys and values, [L, B, S, K, H]; columns < `column` are written. Here S stands
         before K, so that one token of one slot is a contiguous piece: otherwise the compiler copies
         the whole cache to write it.
+      bank: the shared prefixes, [L, M, P, K, H]; P may be 0.
       token: the token to be processed next.
-      position: its position.
+      column: its place in the slot's cache.
+      shared: how much of the prefix the slot reads.
       key: raw threefry key of the request.
       count: response tokens generated so far.
       budget: response tokens allowed.
@@ -41,8 +50,10 @@ class SlotState:
     """
 
     cache: KeyValues
+    bank: KeyValues
     token: Int[Array, " B"]
-    position: Int[Array, " B"]
+    column: Int[Array, " B"]
+    shared: Int[Array, " B"]
     key: UInt32[Array, "B 2"]
     count: Int[Array, " B"]
     budget: Int[Array, " B"]
@@ -53,40 +64,83 @@ class SlotState:
 
 @jax.tree_util.register_dataclass
 @dataclass
-class Admission:
-    """Prompts entering slots: R rows, right-padded to T; rows with slot == B are padding."""
+class Piece:
+    """A piece of R prompts on its way into their slots, right-padded to T.
 
-    tokens: Int[Array, "R T"]  # all prompt tokens but the last
-    length: Int[Array, " R"]  # how many of them are real
-    last: Int[Array, " R"]
+    Row r lies on the device of its slot, and `slot` counts within that device; a slot beyond the
+    device's last marks a padding row. All rows read the same shared prefix, number `group`.
+    """
+
+    tokens: Int[Array, "R T"]
+    length: Int[Array, " R"]  # how many of the tokens are real
+    column: Int[Array, " R"]  # where the first of them goes
     slot: Int[Array, " R"]
+    shared: Int[Array, " R"]
+    group: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Admission:
+    """Requests whose prompts are in place, ready to decode; padding rows as in `Piece`."""
+
+    slot: Int[Array, " R"]
+    last: Int[Array, " R"]  # last prompt token
+    column: Int[Array, " R"]
+    shared: Int[Array, " R"]
     key: UInt32[Array, "R 2"]
     budget: Int[Array, " R"]
 
 
 _CACHE = P(None, "fsdp", None, "tp", None)
+_BANK = P(None, None, None, "tp", None)
 
 
 def cache_block(length: int) -> int:
-    """Cache positions that decoding reads at a time; every cache length is a multiple of it."""
+    """Cache positions that attention reads at a time; every cache length is a multiple of it."""
     return 64 if length <= 2048 else 256
 
 
 def empty_state(
-    cfg: ModelConfig, mesh: jax.sharding.Mesh, slots: int, length: int, response: int, dtype
+    cfg: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    slots: int,
+    length: int,
+    response: int,
+    dtype,
+    *,
+    groups: int = 1,
+    shared: int = 0,
 ) -> SlotState:
-    """All slots free; the cache is created in its sharded place, `length` rounded up to blocks."""
+    """All slots free; caches are created in their sharded places, lengths rounded up to blocks."""
     length += -length % cache_block(length)
-    shape = (cfg.num_layers, slots, length, cfg.num_kv_heads, cfg.head_dim)
+    shared += -shared % cache_block(shared)
+    heads = (cfg.num_kv_heads, cfg.head_dim)
+    shape = (cfg.num_layers, slots, length, *heads)
+    common = (cfg.num_layers, groups, shared, *heads)
     rows, wide = spec("batch"), spec("batch", None)
-    specs = SlotState(KeyValues(_CACHE, _CACHE), rows, rows, wide, rows, rows, rows, wide, wide)
+    specs = SlotState(
+        cache=KeyValues(_CACHE, _CACHE),
+        bank=KeyValues(_BANK, _BANK),
+        token=rows,
+        column=rows,
+        shared=rows,
+        key=wide,
+        count=rows,
+        budget=rows,
+        done=rows,
+        response=wide,
+        log_prob=wide,
+    )
 
     def make() -> SlotState:
         ints = jnp.zeros(slots, jnp.int32)
         return SlotState(
             cache=KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+            bank=KeyValues(jnp.zeros(common, dtype), jnp.zeros(common, dtype)),
             token=ints,
-            position=ints,
+            column=ints,
+            shared=ints,
             key=jnp.zeros((slots, 2), jnp.uint32),
             count=ints,
             budget=ints,
@@ -101,117 +155,169 @@ def empty_state(
     return jax.jit(make, out_shardings=places)()
 
 
-def _on_mesh(function, in_specs, out_specs, *args):
-    """Run per shard on the mesh of the context; `function` gets the axis names or None."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(None, *args)
-    return jax.shard_map(
-        partial(function, "fsdp"), in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )(*args)
+def _per_device(function, in_specs, out_specs):
+    """`function` on the local pieces of each device of the mesh in context."""
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _scatter_rows(axis: str | None, slot: Array, target, rows):
-    """target[slot[r]] = rows[r] on every leaf (leading axis = slots); slots elsewhere are dropped.
+@dataclass(frozen=True)
+class _Reach:
+    """Which rows of the cache a call works on, and how far it reads."""
 
-    Rows are few, so on a mesh every shard receives all of them and keeps its own.
+    slot: Int[Array, " B"] | None  # None: row b is slot b
+    column: Int[Array, "B T"]
+    shared: Int[Array, " B"]
+    group: Int[Array, ""] | None  # None: row b reads prefix b % M
+    blocks: Int[Array, ""]
+    shared_blocks: Int[Array, ""]
+
+
+def _reach(state: SlotState, slot, column, shared, group, busy) -> _Reach:
+    """`busy` [B, T]: queries whose result matters; the others do not lengthen the reading."""
+    block = cache_block(state.cache.keys.shape[2])
+    common = cache_block(state.bank.keys.shape[2])
+    longest = jnp.max(jnp.where(busy, column, 0))
+    return _Reach(
+        slot=slot,
+        column=column,
+        shared=shared,
+        group=group,
+        blocks=longest // block + 1,
+        shared_blocks=-(-jnp.max(jnp.where(busy[:, 0], shared, 0)) // common),
+    )
+
+
+def _write_and_attend(reach_slot, reach_group, layer, q, k, v, cache, bank, rows, blocks):
+    """One layer on one device: put new keys and values into the cache, then attend.
+
+    q [B, T, N, H]; k, v [B, K, T, H]; `rows` = (slot, column, shared).
     """
-    if axis is not None:
-        slot = jax.lax.all_gather(slot, axis, tiled=True)
-        rows = jax.tree.map(lambda r: jax.lax.all_gather(r, axis, tiled=True), rows)
-    size = jax.tree.leaves(target)[0].shape[0]
-    start = 0 if axis is None else jax.lax.axis_index(axis) * size
-    local = slot - start
-    local = jnp.where((local >= 0) & (local < size), local, size)  # size: out of range, dropped
-    return jax.tree.map(lambda t, r: t.at[local].set(r, mode="drop"), target, rows)
-
-
-def _scatter_cache(axis: str | None, slot: Array, target: Array, rows: Array) -> Array:
-    """target[:, slot[r], :T] = rows[:, r]; rows are [L, R, T, K, H]."""
-    if axis is not None:
-        slot = jax.lax.all_gather(slot, axis, tiled=True)
-        rows = jax.lax.all_gather(rows, axis, axis=1, tiled=True)
-    size, length = target.shape[1], rows.shape[2]
-    start = 0 if axis is None else jax.lax.axis_index(axis) * size
-    local = slot - start
-    local = jnp.where((local >= 0) & (local < size), local, size)
-    return target.at[:, local, :length].set(rows.astype(target.dtype), mode="drop")
-
-
-@partial(jax.jit, static_argnames=("cfg", "block"), donate_argnames=("state",))
-def prefill(
-    cfg: ModelConfig, params: Params, state: SlotState, new: Admission, *, block: int
-) -> SlotState:
-    """Encode prompts and put them into their slots; `state` is donated."""
-    columns = jnp.broadcast_to(jnp.arange(new.tokens.shape[1]), new.tokens.shape)
-    segments = (columns < new.length[:, None]).astype(jnp.int32)
-    _, fresh = forward(cfg, params, new.tokens, columns, segments, block=block, with_cache=True)
-    cache = KeyValues(
+    slot, column, shared = rows
+    row = (jnp.arange(q.shape[0]) if reach_slot is None else slot)[:, None]
+    updated = KeyValues(
         *(
-            _on_mesh(
-                _scatter_cache,
-                (P("fsdp"), _CACHE, _CACHE),
-                _CACHE,
-                new.slot,
-                old,
-                rows.swapaxes(2, 3),
-            )
-            for old, rows in zip(state.cache, fresh, strict=True)
+            old.at[layer, row, column].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")
+            for old, new in zip(cache, (k, v), strict=True)
         )
     )
-    zeros = jnp.zeros_like(new.length)
-    target = (state.token, state.position, state.key, state.count, state.budget, state.done)
-    rows = (new.last, new.length, new.key, zeros, new.budget, zeros.astype(bool))
-    specs = tuple(P("fsdp", None) if leaf.ndim == 2 else P("fsdp") for leaf in target)
-    token, position, key, count, budget, done = _on_mesh(
-        _scatter_rows, (P("fsdp"), specs, specs), specs, new.slot, target, rows
+    out = cached_attention(
+        q,
+        updated,
+        bank,
+        layer,
+        column,
+        shared,
+        slot=None if reach_slot is None else slot,
+        group=reach_group,
+        blocks=blocks,
+        block=(cache_block(cache.keys.shape[2]), cache_block(bank.keys.shape[2])),
     )
-    return SlotState(
-        cache, token, position, key, count, budget, done, state.response, state.log_prob
+    return out, updated
+
+
+def _through_layers(
+    cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], state: SlotState, reach: _Reach
+):
+    """Tokens through all layers; returns (hidden [B, T, D] before the final norm, cache).
+
+    The cache travels in the scan's carry: as scanned input and output it would be copied whole.
+    """
+    rope = cos_sin(cfg, reach.shared[:, None] + reach.column)
+    slot = jnp.zeros_like(reach.shared) if reach.slot is None else reach.slot
+    group = jnp.zeros((), jnp.int32) if reach.group is None else reach.group
+    queries, fresh = P("fsdp", None, "tp", None), P("fsdp", "tp", None, None)
+    line, caches, banks = P("fsdp"), KeyValues(_CACHE, _CACHE), KeyValues(_BANK, _BANK)
+
+    def local(layer, q, k, v, cache, bank, rows, group, blocks):
+        chosen = None if reach.group is None else group
+        return _write_and_attend(reach.slot, chosen, layer, q, k, v, cache, bank, rows, blocks)
+
+    on_devices = _per_device(
+        local,
+        (P(), queries, fresh, fresh, caches, banks, (line, P("fsdp", None), line), P(), (P(), P())),
+        (queries, caches),
     )
-
-
-def _write(axis: str | None, cache: Array, new: Array, layer: Array, position: Array) -> Array:
-    """cache[layer, b, position[b]] = new[b, :, 0] for every slot b."""
-    slots = jnp.arange(cache.shape[1])
-    return cache.at[layer, slots, position].set(new[:, :, 0].astype(cache.dtype))
-
-
-def _decode_hidden(cfg: ModelConfig, params: Params, state: SlotState):
-    """One token per slot through all layers; the cache travels in the scan's carry."""
-    rope = cos_sin(cfg, state.position[:, None])
-    block = cache_block(state.cache.keys.shape[2])
-    longest = jnp.max(jnp.where(state.done, 0, state.position))
-    fresh = P("fsdp", "tp", None, None)
 
     def body(carry, layer):
         x, cache = carry
         weights, index = layer
 
         def attend(q: Array, k: Array, v: Array):
-            updated = KeyValues(
-                *(
-                    _on_mesh(
-                        _write,
-                        (_CACHE, fresh, P(), P("fsdp")),
-                        _CACHE,
-                        old,
-                        new,
-                        index,
-                        state.position,
-                    )
-                    for old, new in zip(cache, (k, v), strict=True)
-                )
-            )
-            blocks = longest // block + 1
-            out = cached_attention(q, *updated, index, state.position, blocks, block=block)
-            return out, updated
+            rows = (slot, reach.column, reach.shared)
+            blocks = (reach.blocks, reach.shared_blocks)
+            return on_devices(index, q, k, v, cache, state.bank, rows, group, blocks)
 
         return run_block(cfg, weights, x, rope, attend), None
 
     layers = (params["layers"], jnp.arange(cfg.num_layers))
-    start = (embed(params, state.token[:, None]), state.cache)
-    (x, cache), _ = jax.lax.scan(body, start, layers)
-    return rms_norm(x, params["final_norm"], cfg.rms_norm_eps)[:, 0], cache
+    return jax.lax.scan(body, (embed(params, tokens), state.cache), layers)[0]
+
+
+@partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def extend(cfg: ModelConfig, params: Params, state: SlotState, new: Piece) -> SlotState:
+    """Write the keys and values of a piece of some prompts into their slots; `state` is donated."""
+    index = jnp.broadcast_to(jnp.arange(new.tokens.shape[1]), new.tokens.shape)
+    real = index < new.length[:, None]
+    # Padding is written nowhere: its column lies behind the cache.
+    column = jnp.where(real, new.column[:, None] + index, state.cache.keys.shape[2])
+    reach = _reach(state, new.slot, column, new.shared, new.group, real)
+    _, cache = _through_layers(cfg, params, new.tokens, state, reach)
+    return replace(state, cache=cache)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def admit(state: SlotState, new: Admission) -> SlotState:
+    """Start decoding in slots whose prompts are in place; `state` is donated."""
+    zeros = jnp.zeros_like(new.slot)
+    values = {
+        "token": new.last,
+        "column": new.column,
+        "shared": new.shared,
+        "key": new.key,
+        "count": zeros,
+        "budget": new.budget,
+        "done": zeros.astype(bool),
+    }
+    targets = {name: getattr(state, name) for name in values}
+    specs = {name: spec("batch", *[None] * (leaf.ndim - 1)) for name, leaf in values.items()}
+
+    def local(slot, targets, values):
+        return jax.tree.map(lambda t, v: t.at[slot].set(v, mode="drop"), targets, values)
+
+    return replace(
+        state, **_per_device(local, (P("fsdp"), specs, specs), specs)(new.slot, targets, values)
+    )
+
+
+@partial(jax.jit, static_argnames=("width",), donate_argnames=("state",))
+def copy_slots(
+    state: SlotState, source: Int[Array, " R"], target: Int[Array, " R"], *, width: int
+) -> SlotState:
+    """Copy the first `width` cache columns from slot to slot of one device; `state` is donated."""
+
+    def local(cache, source, target):
+        piece = cache.at[:, source, :width].get(mode="clip")
+        return cache.at[:, target, :width].set(piece, mode="drop")
+
+    rows = P("fsdp")
+    copied = _per_device(local, (_CACHE, rows, rows), _CACHE)
+    return replace(state, cache=KeyValues(*(copied(leaf, source, target) for leaf in state.cache)))
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def put_prefix(state: SlotState, group: Int[Array, ""], prefix: KeyValues) -> SlotState:
+    """Put an encoded prefix, [L, K, P', H] with P' <= P, into the bank; `state` is donated."""
+
+    def put(bank, new):
+        new = new.swapaxes(1, 2)[:, None].astype(bank.dtype)
+        return jax.lax.dynamic_update_slice(bank, new, (0, group, 0, 0, 0))
+
+    local = _per_device(
+        lambda bank, new, group: jax.tree.map(put, bank, new),
+        (KeyValues(_BANK, _BANK), KeyValues(*[P(None, "tp", None, None)] * 2), P()),
+        KeyValues(_BANK, _BANK),
+    )
+    return replace(state, bank=local(state.bank, prefix, group))
 
 
 @partial(jax.jit, static_argnames=("cfg", "how", "limit", "stop_ids"), donate_argnames=("state",))
@@ -232,22 +338,23 @@ def decode(
 
     def body(carry):
         step, state = carry
-        hidden, cache = _decode_hidden(cfg, params, state)
-        token, log_prob = sample(how, limit, unembed(cfg, params, hidden), state.key, state.count)
         busy = ~state.done
+        reach = _reach(state, None, state.column[:, None], state.shared, None, busy[:, None])
+        x, cache = _through_layers(cfg, params, state.token[:, None], state, reach)
+        hidden = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)[:, 0]
+        token, log_prob = sample(how, limit, unembed(cfg, params, hidden), state.key, state.count)
         column = jnp.arange(state.response.shape[1])[None, :]
         here = (column == state.count[:, None]) & busy[:, None]
         count = state.count + busy
         stopped = jnp.zeros_like(busy)
         for stop in stop_ids:
             stopped |= token == stop
-        return step + 1, SlotState(
+        return step + 1, replace(
+            state,
             cache=cache,
             token=jnp.where(busy, token, state.token),
-            position=state.position + busy,
-            key=state.key,
+            column=state.column + busy,
             count=count,
-            budget=state.budget,
             done=state.done | stopped | (count >= state.budget),
             response=jnp.where(here, token[:, None], state.response),
             log_prob=jnp.where(here, log_prob[:, None], state.log_prob),

@@ -1,0 +1,61 @@
+"""Prompt beginnings that are encoded once: finding them and encoding them."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from oel_jax.lm.config import ModelConfig
+from oel_jax.lm.model import KeyValues, Params, forward
+from oel_jax.parallel.mesh import put_batch
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of leading ids two sequences share."""
+    limit = min(len(first), len(second))
+    differ = np.flatnonzero(np.asarray(first[:limit]) != np.asarray(second[:limit]))
+    return int(differ[0]) if differ.size else limit
+
+
+def padded_length(length: int) -> int:
+    """Padded length of a piece of a prompt: powers of two from 16, and the halves between them."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def encode_prefix(
+    cfg: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    params: Params,
+    ids: Sequence[int],
+    *,
+    width: int,
+    block: int = 512,
+) -> KeyValues:
+    """Keys and values of `ids` at positions 0.., [L, K, width, H]; those behind mean nothing.
+
+    `block`: query block of the attention.
+    """
+    rows = mesh.shape["fsdp"]  # every device row encodes the same text: a batch it can split
+    tokens = np.zeros((rows, width), np.int32)
+    tokens[:, : len(ids)] = ids
+    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+    segments = (positions < len(ids)).astype(np.int32)
+    with jax.set_mesh(mesh):
+        batch = put_batch(mesh, (tokens, positions, segments))
+        return _encode(cfg, params, *batch, block=block)
+
+
+@partial(jax.jit, static_argnames=("cfg", "block"))
+def _encode(cfg, params: Params, tokens, positions, segments, *, block: int) -> KeyValues:
+    _, cache = forward(cfg, params, tokens, positions, segments, block=block, with_cache=True)
+    first = jax.P(None, None, "tp", None, None)
+    return KeyValues(
+        *(
+            (leaf if jax.sharding.get_abstract_mesh().empty else jax.reshard(leaf, first))[:, 0]
+            for leaf in cache
+        )
+    )
