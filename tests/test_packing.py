@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from oel_jax.distill.packing import Sample, fill, plan, round_up, sample_weights
+from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 
 
 def make_samples(count=40, texts=3, seed=0):
@@ -83,9 +83,3 @@ def test_weights_of_the_three_aggregations():
     assert len({total(n).round(9) for n in ("token_mean", "seq_mean", "micro_token_mean")}) == 3
     with pytest.raises(ValueError, match=r"config\.loss\.aggregation"):
         sample_weights(samples, batches, "mean")
-
-
-def test_round_up_has_few_values():
-    sizes = [round_up(n) for n in range(1, 4000)]
-    assert all(size >= n for n, size in enumerate(sizes, 1))
-    assert len(set(sizes)) <= 14 and max(s / n for n, s in enumerate(sizes, 1) if n >= 64) <= 1.5

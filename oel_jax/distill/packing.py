@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from oel_jax.lm.prefix import padded_length
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -74,6 +76,9 @@ class MicroBatch:
     mask: Float[np.ndarray, "B R"]
 
 
+SHORTEST_ROW = 64  # tokens
+
+
 @dataclass(frozen=True)
 class Shape:
     """Rows, tokens per row and response tokens per row of a micro-batch."""
@@ -93,14 +98,6 @@ class _Row:
     responses: int = 0
 
 
-def round_up(length: int) -> int:
-    """Next of 64, 96, 128, 192, 256, ...: few shapes, at most a third of padding."""
-    size = 64
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 def plan(
     samples: Sequence[Sample], token_budget: int, fsdp: int
 ) -> tuple[Shape, list[tuple[int, list[list[int]]]]]:
@@ -116,9 +113,9 @@ def plan(
     """
     lengths = [max(s.student_length, s.teacher_length) for s in samples]
     longest = max(lengths)
-    tokens = round_up(longest)
+    tokens = padded_length(longest, SHORTEST_ROW)
     if 2 * tokens * fsdp <= token_budget:
-        tokens = round_up(2 * longest)
+        tokens = padded_length(2 * longest, SHORTEST_ROW)
     share = sum(len(s.response) for s in samples) / sum(lengths)
     eighth = tokens // 8
     wanted = max(share * tokens * 1.1, max(len(s.response) for s in samples))

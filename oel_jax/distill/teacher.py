@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from oel_jax.distill.packing import round_up
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.model import KeyValues
-from oel_jax.lm.prefix import common_prefix, encode_prefix
+from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length
 from oel_jax.prompts import with_knowledge
 
 
@@ -75,7 +74,12 @@ class Teacher:
     def _encode(self, ids: Sequence[int]) -> KeyValues:
         model = self.model
         return encode_prefix(
-            model.cfg, model.mesh, model.params, ids, width=round_up(len(ids)), block=self._block
+            model.cfg,
+            model.mesh,
+            model.params,
+            ids,
+            width=padded_length(len(ids), 64),
+            block=self._block,
         )
 
 

@@ -18,9 +18,12 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return int(differ[0]) if differ.size else limit
 
 
-def padded_length(length: int) -> int:
-    """Padded length of a piece of a prompt: powers of two from 16, and the halves between them."""
-    size = 16
+def padded_length(length: int, least: int = 16) -> int:
+    """Padded length of tokens: `least` (a power of two), then powers of two and the halves between.
+
+    Few shapes, hence few compilations, and at most a third of padding.
+    """
+    size = least
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
