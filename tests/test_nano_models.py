@@ -73,7 +73,7 @@ def test_the_bundled_model_is_a_whole_run_of_its_size(directory):
 def few_shapes():
     """Prompts are padded to one of two lengths, since every length is compiled for every model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_bucket", lambda length, longest: 128 if length <= 128 else 448)
+        patch.setattr(sampler, "padded_length", lambda length: 128 if length <= 128 else 512)
         yield
 
 

@@ -1,0 +1,166 @@
+"""Games played by the sampler against transformers' `generate`: the same weights and prompts.
+
+    python -m benchmarks.sampler [--model=25m|DIR] [--knowledge=2048] [--games=64] [--turns=5]
+
+Both sides play `games` games of `turns` turns at temperature 0.7. A prompt is a knowledge text,
+one of 19 openings, and a history that grows by `step` tokens a turn; an answer has exactly
+`answer` tokens. transformers gets each turn as one batch, padded on the left, with its own cache;
+ours keeps the knowledge once for all games and the history in the slots.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import side_by_side
+from benchmarks.models import SHAPES, random_model
+from benchmarks.side_by_side import Bar, finish, race, ratio, spread
+from oel_jax.errors import UserError
+from oel_jax.lm.language_model import LanguageModel, load_model
+from oel_jax.lm.sampler import Request, Sampler, request_key
+from oel_jax.lm.sampling import Sampling
+
+OPENINGS, OPENING, STEP = 19, 160, 100  # a Frozen Lake board in Qwen3's tokens is about 90
+
+
+def prompts(knowledge: int, games: int, turns: int, vocabulary: int) -> np.ndarray:
+    """Whole histories [games, tokens]; the prompt of turn t is the first `length(t)` tokens."""
+    draw = np.random.default_rng(0)
+    text = draw.integers(0, vocabulary, knowledge)
+    openings = draw.integers(0, vocabulary, (OPENINGS, OPENING))
+    rest = draw.integers(0, vocabulary, (games, STEP * (turns - 1)))
+    return np.stack([np.concatenate([text, openings[g % OPENINGS], rest[g]]) for g in range(games)])
+
+
+def length(knowledge: int, turn: int) -> int:
+    """Tokens of the prompt at a turn, counted from 0."""
+    return knowledge + OPENING + STEP * turn
+
+
+class Ours:
+    """The sampler as the package uses it."""
+
+    def __init__(self, model: LanguageModel, history: np.ndarray, knowledge: int, turns: int, new):
+        self.model, self.history, self.turns, self.new = model, history, turns, new
+        self.knowledge = knowledge
+        self.prefix = tuple(history[0, :knowledge].tolist())
+        self.sampler = Sampler(
+            model.cfg,
+            model.mesh,
+            slots=len(history),
+            max_len=length(0, turns - 1) + new,
+            max_new=new,
+            how=Sampling(0.7),
+            limit=model.cfg.vocab_size,
+            stop_ids=(),
+            decode_steps=new,
+            prefill_rows=min(16, len(history)),
+            longest_prefix=knowledge,
+        )
+
+    def __call__(self) -> None:
+        """Play all games; nothing is left over from the call before."""
+        self.sampler.forget()
+        self.sampler.submit(self._request(game, 0) for game in range(len(self.history)))
+        while self.sampler.busy:
+            for done in self.sampler.poll(self.model.params):
+                game, turn = done.tag
+                assert len(done.ids) == self.new
+                if turn + 1 < self.turns:
+                    self.sampler.submit([self._request(game, turn + 1)])
+
+    def _request(self, game: int, turn: int) -> Request:
+        ids = self.history[game, : length(self.knowledge, turn)].tolist()
+        key = request_key("benchmark", game, turn)
+        return Request(ids, key, self.new, (game, turn), prefix=self.prefix, session=game)
+
+
+class Transformers:
+    """`generate` with its own cache, one batch a turn."""
+
+    def __init__(self, directory: Path, history: np.ndarray, knowledge: int, turns: int, new: int):
+        import torch
+        import transformers
+
+        self.torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32
+        )
+        self.model = self.model.to(self.device).eval()
+        self.history, self.knowledge, self.turns, self.new = history, knowledge, turns, new
+
+    def __call__(self) -> None:
+        torch = self.torch
+        torch.manual_seed(0)
+        for turn in range(self.turns):
+            ids = torch.tensor(self.history[:, : length(self.knowledge, turn)], device=self.device)
+            with torch.no_grad():
+                out = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=0.7,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=self.new,
+                    max_new_tokens=self.new,
+                    pad_token_id=0,
+                    use_cache=True,
+                )
+            assert out.shape[1] == ids.shape[1] + self.new
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = side_by_side.parser(__doc__)
+    parser.add_argument("--model", default="25m", help=f"a directory or {', '.join(SHAPES)}")
+    parser.add_argument("--peer", default="transformers", choices=("transformers", "none"))
+    parser.add_argument("--knowledge", type=int, default=2048, help="tokens; 0: without")
+    parser.add_argument("--games", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--answer", type=int, default=32, help="tokens of every answer")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(options.model)
+        if not directory.is_dir():
+            directory = random_model(options.model, Path(scratch))
+        model = load_model(directory)
+        shape = (options.knowledge, options.games, options.turns)
+        history = prompts(*shape, model.cfg.vocab_size)
+        rest = (history, options.knowledge, options.turns, options.answer)
+        sides = {"ours": Ours(model, *rest)}
+        if options.peer == "transformers":
+            sides["transformers"] = Transformers(directory, *rest)
+        count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        print(f"{options.model}: {count / 1e6:.1f}M parameters, {options.games} games")
+        seconds = race(sides, options.repeats)
+    tokens = options.games * options.turns * options.answer
+    rows = [
+        [name, f"{min(some):.2f}", f"{tokens / min(some):.0f}"] for name, some in seconds.items()
+    ]
+    bars, measured = [], {"seconds": seconds, "tokens": tokens, "parameters": count}
+    encoded = sides["ours"].sampler.encoded / (options.repeats + 1)
+    whole = sum(length(options.knowledge, t) for t in range(options.turns)) * options.games
+    print(f"prompt tokens encoded by ours: {encoded:.0f} of {whole} ({encoded / whole:.1%})")
+    if "transformers" in seconds:
+        found = ratio(seconds["transformers"], seconds["ours"])
+        print(f"transformers / ours, per generated token: {spread(found)}")
+        measured["ratio"] = found
+        what = "in-context" if options.knowledge else "without knowledge"
+        target = 8.0 if options.knowledge else 2.0
+        bars.append(Bar(f"{what}, transformers / ours per generated token", found[0], target))
+    settings = {"model": Path(options.model).name, "knowledge": options.knowledge}
+    settings |= {"games": options.games, "turns": options.turns, "answer": options.answer}
+    headers = ["side", "best seconds", "tokens/s"]
+    return finish("sampler", settings, rows, headers, bars, measured, options)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,61 @@
+"""The benchmarks run, at toy sizes: what they print and write is checked, not their speed."""
+
+import json
+
+import pytest
+
+from benchmarks import sampler, side_by_side, topk_kl
+from benchmarks.models import SHAPES
+from benchmarks.side_by_side import Bar
+from oel_jax import nano
+
+
+def run(monkeypatch, main, *words):
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    return main()
+
+
+def test_sampler_against_transformers(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="the peer is transformers' PyTorch model")
+    words = ["--knowledge=70", "--games=4", "--turns=2", "--answer=3", "--repeats=1"]
+    monkeypatch.setitem(SHAPES, "25m", (64, 2, 4, 2, 16, 96, 512, True))
+    assert run(monkeypatch, sampler.main, *words, f"--out={tmp_path}") == 0
+    record = json.loads(next(tmp_path.glob("sampler_25m_70_4_2_3_*.json")).read_text())
+    assert record["tokens"] == 4 * 2 * 3
+    assert set(record["seconds"]) == {"ours", "transformers"}
+    assert record["bars"][0]["target"] == 8.0
+    assert record["versions"]["jax"] and record["device"] and record["date"]
+    out = capsys.readouterr().out
+    # Knowledge once; four openings; what the histories grow by; no last tokens.
+    assert f"encoded by ours: {70 + 4 * 159 + 4 * 99}" in out
+    assert "transformers / ours" in out and "bar >= 8" in out
+
+
+def test_sampler_takes_a_directory_and_can_run_alone(monkeypatch, tmp_path):
+    words = ["--knowledge=0", "--games=2", "--turns=2", "--answer=2", "--repeats=1", "--peer=none"]
+    model = f"--model={nano.MODEL_DIR}"
+    assert run(monkeypatch, sampler.main, *words, model, f"--out={tmp_path}", "--check") == 0
+    assert list(tmp_path.glob("sampler_small_0_2_2_2_*.json"))
+
+
+def test_loss_against_its_products(monkeypatch, tmp_path):
+    words = ["--tokens=64", "--width=16", "--vocabulary=640", "--top-k=8", "--repeats=2"]
+    run(monkeypatch, topk_kl.main, *words, f"--out={tmp_path}")
+    record = json.loads(next(tmp_path.glob("topk_kl_*.json")).read_text())
+    assert record["flops"] == 4 * 2 * 64 * 16 * 640
+    assert len(record["seconds"]["products alone"]) == 2
+    assert [bar["most"] for bar in record["bars"]] == [True, True]
+
+
+def test_a_missed_bar_is_said_and_checked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark", "--check", f"--out={tmp_path}"])
+    options = side_by_side.parser("").parse_args()
+    bars = [Bar("speed", 1.9, 2.0), Bar("time", 1.9, 2.0, most=True)]
+    status = side_by_side.finish("toy", {}, [["a", 1]], ["side", "n"], bars, {}, options)
+    out = capsys.readouterr().out
+    assert status == 1
+    assert "speed: 1.90 (bar >= 2): MISSED" in out and "time: 1.90 (bar <= 2): met" in out
+
+
+def test_ratios_go_repeat_by_repeat():
+    assert side_by_side.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 4.0]) == (2.25, 2.0, 3.0)
