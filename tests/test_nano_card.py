@@ -77,11 +77,14 @@ def test_after_other_ends_silence_is_right_and_a_false_fact_is_not():
         assert not undecided("<think>no end").right
 
 
-def test_nothing_is_wanted_that_stands_there_in_every_phrasing():
+def test_nothing_is_wanted_that_stands_there_in_any_phrasing():
     nothing = V4 + ITEM + lang.NOTHING_NEW
     assert judge("frozen_lake", [H], nothing, ALL_OF_H).right
     assert judge("frozen_lake", [H], "<think></think>", ALL_OF_H).right
-    assert not judge("frozen_lake", [H], nothing, ALL_OF_H.rpartition("\n")[0]).right
+    for one in ALL_OF_H.split("\n"):
+        assert judge("frozen_lake", [H], nothing, one).right
+    assert not judge("frozen_lake", [H], nothing, f"{ITEM}H is harmless.\n{ITEM}G is deadly.").right
+    assert not judge("sokoban", [TARGET, BOX], nothing, f"{ITEM}O is the target.").right
     assert not judge("sokoban", [TARGET, BOX], nothing, ALL_OF_H).right
     assert not judge("frozen_lake", [H], V4 + f"{ITEM}G is deadly.", ALL_OF_H).right
 

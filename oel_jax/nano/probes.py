@@ -138,7 +138,8 @@ def judge_extraction(
       version: 'v3' or 'v4', as the reply is to be parsed.
       roles: the truth; a fact about any other symbol is false.
       shown: what the game shows.
-      decided: it was won or lost.
+      decided: it was won or lost. Then a fact it shows must be stated, unless `previous` says all
+        of them already, in whatever words: the prompt asks not to repeat what is known.
     """
     answer, finished = knowledge.strip_thought(reply)
     if not finished:
@@ -146,10 +147,8 @@ def judge_extraction(
     parsed = knowledge.parse(answer or "", version)
     facts = lang.read_facts(parsed)
     true = all(roles.get(symbol) == role for symbol, role in facts)
-    exhausted = all(
-        symbol + phrase in previous for symbol, role in shown for phrase in lang.PHRASES[role]
-    )
-    enough = not decided or exhausted or not set(shown).isdisjoint(facts)
+    known = set(shown) <= set(lang.read_facts(previous))
+    enough = not decided or known or not set(shown).isdisjoint(facts)
     return Verdict(true and enough, not _lines(parsed).isdisjoint(_lines(previous)))
 
 
