@@ -7,7 +7,9 @@ after consolidation plays better without it. Round 1 mostly learns from losses, 
 wins; the learning rate is such that one round does not do it all.
 
 Floor and ceiling: random actions pass 1.69 %, perfect play 100 % of the 128 held-out maps.
-Run time: at most 10 minutes and 4 GB of memory on two CPU cores, after installation.
+Expected (five seeds, 128 maps x 10 games): 5 to 7 % at the start, 3 to 18 % after round 1, 76 to
+100 % after round 2, 100 % after round 3.
+Run time: about 5 minutes on one CPU core, 4 GB of memory, after installation.
 """
 
 import ml_collections
