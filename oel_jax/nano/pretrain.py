@@ -69,15 +69,7 @@ EMERGED = 0.12
 SIZES = {
     "tiny": Size(hidden=96, layers=4, heads=3, kv_heads=1, mlp=288, steps=4200),
     "small": Size(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, steps=4200),
-    "medium": Size(
-        hidden=192,
-        layers=4,
-        heads=6,
-        kv_heads=2,
-        mlp=576,
-        steps=2200,
-        packs=((2, 512), (4, 256), (16, 128)),
-    ),
+    "medium": Size(hidden=192, layers=4, heads=6, kv_heads=2, mlp=576, steps=4200),
 }
 
 
