@@ -93,11 +93,19 @@ class Transformers:
         self.model = self.model.to(self.device).eval()
         self.history, self.knowledge, self.turns, self.new = history, knowledge, turns, new
 
+    def warm_up(self) -> None:
+        """Every kernel once."""
+        self._play(2, 1)
+
     def __call__(self) -> None:
+        self._play(len(self.history), self.turns)
+
+    def _play(self, games: int, turns: int) -> None:
         torch = self.torch
         torch.manual_seed(0)
-        for turn in range(self.turns):
-            ids = torch.tensor(self.history[:, : length(self.knowledge, turn)], device=self.device)
+        for turn in range(turns):
+            histories = self.history[:games, : length(self.knowledge, turn)]
+            ids = torch.tensor(histories, device=self.device)
             with torch.no_grad():
                 out = self.model.generate(
                     ids,

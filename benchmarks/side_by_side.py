@@ -55,13 +55,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def race(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each side, `repeats` times in turn, after one call each that is not counted.
 
-    A side must not return before its work is done.
+    A side must not return before its work is done. One with a method `warm_up` (a peer that
+    compiles nothing) does that in place of the call that is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats + 1):
         for name, side in sides.items():
             began = time.perf_counter()
-            side()
+            (side if number else getattr(side, "warm_up", side))()
             took = time.perf_counter() - began
             print(f"  {name}: {took:.2f} s{'' if number else ' (warm-up)'}", flush=True)
             if number:

@@ -37,6 +37,7 @@ def default() -> ml_collections.ConfigDict:
     c.rounds = 2  # rounds of deploy, extract, consolidate, evaluate; may be raised later
     c.preset = "default"  # which of PRESETS this config started from; set by apply_preset
     c.compilation_cache = ""  # XLA's compiled programs; '' = ~/.cache/oel_jax/xla, 'off' = none
+    c.profile = ""  # 'step:10..12' traces these optimizer steps for TensorBoard's profiler
     c.negative_control = "none"  # breaks the method on purpose, see oel_jax/negative_control.py
 
     c.model = m = ml_collections.ConfigDict()
@@ -58,6 +59,7 @@ def default() -> ml_collections.ConfigDict:
     s.max_len = 0  # cache length per slot in tokens; 0 = what the stage's budgets need
     s.decode_steps = 32  # tokens decoded per dispatch; speed only
     s.prefill_rows = 8  # prompts encoded per dispatch; speed only
+    s.overlap = True  # games are stepped while others decode; speed only
     s.prefill_chunk = 512  # longer prompts are encoded in pieces of so many tokens; memory only
     s.max_prompt = 2560  # play prompt without knowledge, in tokens: 512 per turn (spec 4.5)
     s.max_response = 1024  # tokens of one response in a game
@@ -85,6 +87,7 @@ def default() -> ml_collections.ConfigDict:
     e.template_file = ""  # '' = released template, 'paper' = Figs. 10 and 11, or a text file
     e.unfinished_thought = "drop"  # thought that fills the budget: 'drop' it or 'keep' it as text
     e.truncate = "tail"  # beyond l_max keep the newest lines ('tail') or the oldest ('head')
+    e.draft_tokens = 0  # tokens drafted from the prompt's own text and verified in each pass
     e.model_path = ""  # extractor model; '' = the policy of the round
 
     c.consolidate = t = ml_collections.ConfigDict()
@@ -100,7 +103,7 @@ def default() -> ml_collections.ConfigDict:
     t.save_every = 2  # optimizer steps between checkpoints inside a round
     t.keep_fp32_master = False  # hand float32 weights to the next round (a labelled deviation)
     t.drop_remainder = 0  # W: drop the last N mod W prefixes of a step; 0 = drop nothing
-    t.remat = True  # recompute activations in the backward pass: less memory, more time
+    t.remat = "layer"  # kept for the backward pass: 'none' = all, 'products', 'layer' = least
     t.knowledge_rng = "released"  # which text a prefix gets: random.Random(step + 1000 * round)
     t.moments_dtype = "float32"  # AdamW's first moment: 'float32' or 'bfloat16'
 

@@ -1,6 +1,7 @@
 """What each config field may be: one rule per field, used by `oel_jax.config.validate`."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,28 @@ _TOP_P = _number(0, 1, open_low=True)
 _DTYPE = _choice("float32", "bfloat16")
 
 
+def _profile(value: Any) -> str | None:
+    try:
+        traced_steps(value)
+    except ValueError:
+        return "'' or 'step:FIRST..LAST' with 1 <= FIRST <= LAST, e.g. 'step:10..12'"
+    return None
+
+
+def traced_steps(text: str) -> range:
+    """The optimizer steps that `config.profile` asks for: 'step:10..12' -> range(10, 13).
+
+    Raises:
+      ValueError: it is neither '' nor of that form.
+    """
+    if text == "":
+        return range(0)
+    found = re.fullmatch(r"step:([1-9]\d*)\.\.([1-9]\d*)", text) if type(text) is str else None
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(text)
+    return range(int(found[1]), int(found[2]) + 1)
+
+
 def _count_or_minus_one(value: Any) -> str | None:
     wrong = None if value == -1 and type(value) is int else _integer(1)(value)
     return wrong and f"{wrong}, or -1 for all devices that config.mesh.tp leaves"
@@ -89,6 +112,7 @@ def rules() -> dict[str, Rule]:
         "preset": _choice(*PRESETS),
         "compilation_cache": _any_text,
         "negative_control": _choice("none", *CONTROLS),
+        "profile": _profile,
         "mesh.fsdp": _count_or_minus_one,
         "log.console_every": _number(0),
     }
@@ -109,11 +133,13 @@ def rules() -> dict[str, Rule]:
                 _POSITIVE,
             ),
             "max_len": _integer(0),
+            "overlap": _FLAG,
         },
         "deploy": {"games_per_step": _POSITIVE},
         "extract": {
             **dict.fromkeys(("chains", "n", "n_run", "l_max"), _POSITIVE),
             "max_prompt": _integer(0),
+            "draft_tokens": _integer(0, 32),
             "version": _choice("v3", "v4"),
             "previous": _FLAG,
             "trajectories": _choice("per_chain", "shared"),
@@ -135,7 +161,7 @@ def rules() -> dict[str, Rule]:
             "temperature": _TEMPERATURE,
             "drop_remainder": _integer(0),
             "keep_fp32_master": _FLAG,
-            "remat": _FLAG,
+            "remat": _choice("none", "products", "layer"),
             "knowledge_rng": _choice("released"),
             "moments_dtype": _DTYPE,
         },

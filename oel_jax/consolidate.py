@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from oel_jax import knowledge, negative_control
+from oel_jax.distill.memory import Accumulator, used
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 from oel_jax.distill.step import (
     StepConfig,
     Sums,
-    accumulate,
     cast,
     optimizer,
     update,
@@ -32,11 +32,13 @@ from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.errors import UserError
 from oel_jax.lm.huggingface import save_model
 from oel_jax.lm.language_model import DTYPES, LanguageModel
+from oel_jax.lm.prefix import SHARED_FROM, shared_start
 from oel_jax.lm.sampler import Request, Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import read as read_metrics
 from oel_jax.metrics import table
-from oel_jax.parallel.mesh import put_batch
+from oel_jax.parallel.mesh import device_bytes, put_batch
+from oel_jax.profiling import StepTrace
 from oel_jax.run import Run
 from oel_jax.trajectories import Prefix, prefixes, read
 from oel_jax.workdir import read_json
@@ -66,6 +68,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     # Which prompts a cached prefix is made from must not depend on where a run goes on.
     first = prefixes(read(run.workdir.deploy_games(round_number, 1)))
     examples = [prefix.prompt for prefix in first[:16]]
+    header = _header(first)
     tx = optimizer(settings)
     dtype = DTYPES[config.model.dtype]
     step_config = StepConfig(
@@ -89,13 +92,20 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             Sampling(settings.temperature),
             prompt=config.sampler.max_prompt,
             response=config.sampler.max_response,
+            prefixes=[header],
         )
+        held = _held(student, teacher, examples, sampler)
+        add = Accumulator(step_config, held)
         label = f"round {round_number} consolidate"
-        with run.progress(settings.steps, "steps", label, done=student.step) as progress:
+        traces = run.workdir.tensorboard / f"round_{round_number:03d}" / "consolidate"
+        with (
+            StepTrace(run.config.profile, traces) as trace,
+            run.progress(settings.steps, "steps", label, done=student.step) as progress,
+        ):
             while student.step < settings.steps:
-                values = _step(
-                    run, round_number, student, teacher, examples, sampler, step_config, tx
-                )
+                trace.before(student.step + 1)
+                values = _step(run, round_number, student, teacher, header, sampler, add, tx)
+                trace.after(student.step)
                 note = f"loss {values['loss']:.4f}, {values['response_tokens']:.1f} tokens/answer"
                 if student.step % settings.save_every == 0 and student.step < settings.steps:
                     checkpoints.save(
@@ -113,7 +123,30 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         saved = jnp.float32 if settings.keep_fp32_master else jnp.bfloat16
         save_model(policy, teacher_model.cfg, student.params, source=source, dtype=saved)
         _report(run, round_number, teacher)
+        if add.temporaries:
+            print(f"memory: {add.predicted / 1e9:.2f} GB predicted for a step; {used()}")
     return [policy]
+
+
+def _header(first: list[Prefix]) -> tuple[int, ...]:
+    """Ids that the prompts of the first step begin with: read once a step for all rollouts."""
+    ids = shared_start([prefix.prompt_ids for prefix in first])
+    return ids if len(ids) >= SHARED_FROM else ()
+
+
+def _held(
+    student: _Student, teacher: Teacher, examples: list[str], sampler: Sampler
+) -> dict[str, int]:
+    """Bytes of one device that live through an optimizer step, by name."""
+    teacher.prepare(examples)
+    return {
+        "student, float32": device_bytes(student.params),
+        "AdamW's moments": device_bytes(student.state),
+        "gradients, float32": device_bytes(student.params),
+        "teacher": device_bytes(teacher.model.params),
+        "knowledge, encoded": device_bytes([prefix.cache for prefix in teacher.encoded]),
+        "rollout cache": sampler.bytes,
+    }
 
 
 def _texts(run: Run, round_number: int, model: LanguageModel) -> list[str]:
@@ -184,15 +217,15 @@ def _step(
     round_number: int,
     student: _Student,
     teacher: Teacher,
-    examples: list[str],
+    header: tuple[int, ...],
     sampler: Sampler,
-    step_config: StepConfig,
+    add: Accumulator,
     tx: Any,
 ) -> dict[str, float]:
     """One optimizer step: rollouts, teacher and student on packed micro-batches, update."""
     settings, number = run.config.consolidate, student.step + 1
     began = time.monotonic()
-    samples, stopped = _rollouts(run, round_number, number, student, teacher, examples, sampler)
+    samples, stopped = _rollouts(run, round_number, number, student, teacher, header, sampler)
     rolled_out = time.monotonic()
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
     weights = sample_weights(samples, batches, run.config.loss.aggregation)
@@ -201,9 +234,7 @@ def _step(
     for text, rows in batches:
         batch = put_batch(run.mesh, fill(samples, weights, rows, shape))
         cache = teacher.prefix(text).cache
-        gradients, sums = accumulate(
-            gradients, student.params, teacher.model.params, cache, batch, step=step_config
-        )
+        gradients, sums = add(gradients, student.params, teacher.model.params, cache, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     student.params, student.state, done = update(
         student.params, student.state, gradients, tx=tx, clip_norm=settings.clip_norm
@@ -220,7 +251,7 @@ def _rollouts(
     number: int,
     student: _Student,
     teacher: Teacher,
-    examples: list[str],
+    header: tuple[int, ...],
     sampler: Sampler,
 ) -> tuple[list[Sample], int]:
     """The student's answers to all prefixes of the step, each with its knowledge text drawn."""
@@ -237,6 +268,7 @@ def _rollouts(
             prefix.prompt_ids,
             run.key("consolidate", round_number, number, index),
             run.config.sampler.max_response,
+            prefix=header,
         )
         for index, prefix in enumerate(batch)
     ]
@@ -244,10 +276,10 @@ def _rollouts(
     weights = student.params
     if run.config.model.dtype != "float32":
         weights = cast(student.params, DTYPES[run.config.model.dtype])
+    sampler.forget()  # the weights have changed
     answers = sampler.generate(weights, requests)
     samples = []
     for prefix, text, answer in zip(batch, drawn, answers, strict=True):
-        teacher.prepare(text, examples)
         shared, suffix = teacher.split(text, prefix.prompt)
         samples.append(
             Sample(prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text)

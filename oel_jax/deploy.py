@@ -14,15 +14,13 @@ import numpy as np
 
 from oel_jax import games, negative_control
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.lm.prefix import common_prefix
+from oel_jax.lm.prefix import SHARED_FROM, common_prefix
 from oel_jax.lm.sampler import Completion, Request, Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import Progress, table
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn
-
-SHARED_FROM = 64  # tokens: what is shorter is cheaper to encode again than to read apart
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 
 from oel_jax import games
 from oel_jax.config import play_budget
-from oel_jax.deploy import SHARED_FROM, Job, Played, in_order, play, shared_beginning
+from oel_jax.deploy import Job, Played, in_order, play, shared_beginning
 from oel_jax.lm.language_model import LanguageModel
+from oel_jax.lm.prefix import SHARED_FROM
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval
 from oel_jax.workdir import read_json, write_bytes, write_json

@@ -51,6 +51,7 @@ def extract(run: Run, round_number: int) -> list[Path]:
         prompt=longest_prompt,
         response=budget,
         slots=width * config.chains,
+        draft=config.draft_tokens,
     )
     first = min(chain.done for chain in chains)
     _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics

@@ -24,6 +24,7 @@ from oel_jax.errors import UserError
 from oel_jax.evaluate import evaluate
 from oel_jax.extract import extract
 from oel_jax.metrics import duration, table
+from oel_jax.profiling import compile_seconds
 from oel_jax.run import Run
 from oel_jax.workdir import read_json, write_json
 
@@ -41,6 +42,7 @@ _NEEDS = {
 def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
     """Run all rounds; `stages` limits what is done, finished stages are skipped."""
     print(negative_control.announcement(run.config), end="")
+    began, compiled = time.monotonic(), compile_seconds()
     if "evaluate" in stages:
         _stage(run, 0, "evaluate", lambda: _evaluate_start(run))
     for number in range(1, run.config.rounds + 1):
@@ -67,6 +69,8 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
         _summary(run)
         if run.workdir.finished(number, "evaluate"):
             print(_round_table(run, number))
+    compiled = compile_seconds() - compiled
+    print(f"\nall: {duration(time.monotonic() - began)}, {compiled:.1f} s of it compiling")
 
 
 def _missing(run: Run, number: int, stage: str) -> list[str]:
@@ -85,12 +89,15 @@ def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> 
     """Run one stage unless it is finished; record its files and its time."""
     if run.workdir.finished(number, name):
         return
-    began = time.monotonic()
+    began, compiled = time.monotonic(), compile_seconds()
     files = work()
-    seconds = time.monotonic() - began
+    seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
     run.workdir.finish(number, name, files, seconds)
-    if number:
-        print(f"round {number} {name}: done in {duration(seconds)}")
+    timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
+    run.metrics.rewind(f"time_{name}", number, number - 1)
+    run.metrics.scalars(f"time_{name}", number, {}, round=number, time_values=timing)
+    share = f", {compiled:.1f} s of it compiling" if compiled >= 0.5 else ""
+    print(f"{f'round {number}' if number else 'start'} {name}: done in {duration(seconds)}{share}")
 
 
 def _evaluate_start(run: Run) -> list[Path]:

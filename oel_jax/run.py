@@ -75,12 +75,14 @@ class Run:
         response: int,
         slots: int = 0,
         prefixes: Iterable[tuple[int, ...]] = (),
+        draft: int = 0,
     ) -> Sampler:
         """A sampler for prompts of up to `prompt` tokens and responses of up to `response`.
 
         Args:
           slots: use fewer than the config's when there is less to do at once.
           prefixes: beginnings that prompts share; `prompt` does not count them.
+          draft: tokens to draft in each pass.
         """
         s = self.config.sampler
         prefixes = {prefix for prefix in prefixes if prefix}
@@ -102,6 +104,8 @@ class Run:
             longest_prefix=max(map(len, prefixes), default=0),
             prefixes=self.lanes(len(prefixes), slots),
             block=self.config.model.attention_block,
+            overlap=s.overlap,
+            draft=draft,
         )
 
     def key(self, purpose: str, *parts: object) -> np.ndarray:

@@ -43,11 +43,13 @@ FREE_FIELDS = {
     "sampler.decode_steps": "speed only",
     "sampler.prefill_rows": "speed only",
     "sampler.prefill_chunk": "memory against speed",
+    "sampler.overlap": "speed only",
     "model.attention_block": "memory against speed",
     "consolidate.save_every": "how often a checkpoint is written",
     "consolidate.remat": "memory against speed",
     "loss.chunk": "memory against speed",
     "compilation_cache": "where compiled programs are kept",
+    "profile": "what is traced beside the run",
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

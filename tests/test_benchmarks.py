@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from tiny_run import FIELDS
 
-from benchmarks import sampler, side_by_side, topk_kl
+from benchmarks import consolidate, loop, readme, sampler, side_by_side, topk_kl
 from benchmarks.models import SHAPES
 from benchmarks.side_by_side import Bar
 from oel_jax import nano
+from oel_jax.errors import UserError
 
 
 def run(monkeypatch, main, *words):
@@ -47,6 +49,46 @@ def test_loss_against_its_products(monkeypatch, tmp_path):
     assert [bar["most"] for bar in record["bars"]] == [True, True]
 
 
+def test_consolidation_against_torch(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="the peer is written in torch")
+    monkeypatch.setitem(SHAPES, "25m", (64, 2, 4, 2, 16, 96, 512, True))
+    words = ["--knowledge=96", "--texts=2", "--prefixes=6", "--prompt=20", "--answer=8"]
+    words += ["--repeats=2", "--token-budget=512", f"--out={tmp_path}"]
+    assert run(monkeypatch, consolidate.main, *words) == 0
+    record = json.loads(next(tmp_path.glob("consolidate_25m_96_2_6_*.json")).read_text())
+    assert record["losses"][0] == pytest.approx(record["losses"][1], rel=1e-4)
+    assert [bar["target"] for bar in record["bars"]] == [6.0, 3.0]
+    assert len(record["seconds"]["torch step"]) == 2
+    assert "torch / ours" in capsys.readouterr().out
+
+
+def test_consolidation_compares_nothing_if_the_losses_differ(monkeypatch, tmp_path):
+    pytest.importorskip("torch", reason="the peer is written in torch")
+    monkeypatch.setitem(SHAPES, "25m", (64, 2, 4, 2, 16, 96, 512, True))
+    right = consolidate.Torch._log_probs
+    monkeypatch.setattr(
+        consolidate.Torch, "_log_probs", lambda self, model, h: right(self, model, 2 * h)
+    )
+    words = ["--knowledge=96", "--texts=2", "--prefixes=4", "--prompt=20", "--answer=8"]
+    with pytest.raises(UserError, match="do not compute the same loss"):
+        run(monkeypatch, consolidate.main, *words, "--repeats=1", f"--out={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loop(monkeypatch, tmp_path):
+    fields = {name: value for name, value in FIELDS.items() if name != "compilation_cache"}
+    monkeypatch.setattr(loop, "PRESETS", {"nano": "nano_frozen_lake"})
+    words = [f"{name}={value}" for name, value in fields.items() if "tensorboard" not in name]
+    run(monkeypatch, loop.main, "--repeats=1", f"--out={tmp_path}", "--set", *words)
+    (file,) = tmp_path.glob("loop_nano_*.json")
+    record = json.loads(file.read_text())
+    assert record["runs"]["cold"]["compiling"] > record["runs"]["warm"]["compiling"] > 0
+    stages = {"deploy", "extract", "consolidate", "evaluate"}
+    assert stages <= set(record["runs"]["warm"])
+    assert record["runs"]["warm"]["all"] > sum(record["runs"]["warm"][stage] for stage in stages)
+    assert set(record["extraction_seconds"]) == {"lock-step", "one after another"}
+
+
 def test_a_missed_bar_is_said_and_checked(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmark", "--check", f"--out={tmp_path}"])
     options = side_by_side.parser("").parse_args()
@@ -59,3 +101,13 @@ def test_a_missed_bar_is_said_and_checked(tmp_path, capsys, monkeypatch):
 
 def test_ratios_go_repeat_by_repeat():
     assert side_by_side.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 4.0]) == (2.25, 2.0, 3.0)
+
+
+def test_the_table_in_the_readme_is_what_the_records_say(tmp_path):
+    assert readme.replaced(readme.README.read_text(), readme.table()) == readme.README.read_text()
+    record = json.loads(next(side_by_side.RESULTS.glob("*.json")).read_text())
+    record["bars"] = [{"name": "a ratio", "value": 1.5, "target": 2, "most": False, "met": False}]
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    assert "| a ratio | 1.50 (missed) | >= 2 |" in readme.table(tmp_path)
+    with pytest.raises(ValueError, match="lacks the lines"):
+        readme.replaced("no marks", "")

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from oel_jax.distill.memory import Accumulator, used
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 from oel_jax.distill.reference import topk_reverse_kl
 from oel_jax.distill.step import StepConfig, accumulate, optimizer, update, zeros_like
@@ -18,7 +19,7 @@ from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.model import Params, Prefix, forward, init_params, param_shardings, unembed
 from oel_jax.lm.prefix import common_prefix
-from oel_jax.parallel.mesh import make_mesh, put_batch
+from oel_jax.parallel.mesh import device_bytes, make_mesh, put_batch
 from oel_jax.prompts import play_prompt
 
 TEXTS = ["- EXPERIENCE ITEM: H loses.\n- EXPERIENCE ITEM: G wins.", "Walk towards G.", ""]
@@ -82,9 +83,9 @@ def prompts():
 def make_samples(teacher, prompts):
     draw = np.random.default_rng(0)
     samples = []
+    teacher.prepare(prompts[:4])
     for index, prompt in enumerate(prompts):
         text = index % len(TEXTS)
-        teacher.prepare(text, prompts[:4])
         shared, suffix = teacher.split(text, prompt)
         response = draw.integers(0, 256, int(draw.integers(1, 20))).tolist()
         ids = teacher.model.tokenizer.chat(prompt, thinking=True)
@@ -103,7 +104,9 @@ def samples(teacher, prompts):
     return make_samples(teacher, prompts)
 
 
-def run(student: LanguageModel, teacher, samples, budget, how="token_mean", remat=False, block=512):
+def run(
+    student: LanguageModel, teacher, samples, budget, how="token_mean", remat="none", block=512
+):
     """Gradient and sums of a whole step, accumulated over its micro-batches."""
     mesh = student.mesh
     step = StepConfig(student.cfg, KL, jnp.float32, remat, block)
@@ -210,7 +213,7 @@ def test_prefix_is_cut_at_a_token_and_encoded_once(teacher, prompts):
         ids = teacher.prompt(text, prompts[0])
         assert tuple(ids[: len(prefix.ids)]) == prefix.ids
     before = teacher.prefix(0)
-    teacher.prepare(0, ["another prompt that is never read"])
+    teacher.prepare(["another prompt that is never read"])
     assert teacher.prefix(0) is before
     # A prompt that leaves the prefix early uses only the part it shares.
     odd = play_prompt("Xylophone\n")
@@ -246,8 +249,40 @@ def test_micro_batch_size_cannot_change_the_result(student, teacher, samples, ho
         assert np.abs(a - b).max() <= 1e-6
 
 
-def test_remat_and_query_blocks_change_nothing(student, teacher, samples, whole):
-    other = run(student, teacher, samples, 100_000, remat=True, block=100)
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_memory_is_predicted_before_a_step(teacher, prompts, fsdp, capsys):
+    """Compiled ahead = compiled on call; what layers keep shows in the compiler's number."""
+    mesh = make_mesh(fsdp, 1, jax.devices()[:fsdp])
+    student = make_model(0, mesh)
+    teacher = make_teacher(mesh)
+    samples = make_samples(teacher, prompts)
+    shape, batches = plan(samples, 100_000, fsdp)
+    weights = sample_weights(samples, batches, "token_mean")
+    temporaries = {}
+    with jax.set_mesh(mesh):
+        for remat in ("none", "products", "layer"):
+            step = StepConfig(CFG, KL, jnp.float32, remat, 512)
+            add = Accumulator(step, {"student": device_bytes(student.params)})
+            for text, rows in batches:
+                batch = put_batch(mesh, fill(samples, weights, rows, shape))
+                inputs = (student.params, teacher.model.params, teacher.prefix(text).cache, batch)
+                ours, _ = add(zeros_like(student.params), *inputs)
+                plain, _ = accumulate(zeros_like(student.params), *inputs, step=step)
+                jax.tree.map(np.testing.assert_array_equal, ours, plain)
+            temporaries[remat] = add.temporaries
+    assert temporaries["none"] > temporaries["products"] > temporaries["layer"] > 0
+    out = capsys.readouterr().out
+    held = 4 * sum(leaf.size for leaf in jax.tree.leaves(student.params))
+    assert add.predicted == add.temporaries + device_bytes(student.params)
+    # Norms alone are whole on every device.
+    assert held / fsdp <= device_bytes(student.params) <= 1.05 * held / fsdp
+    assert f"{add.predicted / 1e6:,.1f}" in out and "temporaries of a micro-batch" in out
+    assert "GB" in used()
+
+
+@pytest.mark.parametrize("remat", ["products", "layer"])
+def test_remat_and_query_blocks_change_nothing(student, teacher, samples, whole, remat):
+    other = run(student, teacher, samples, 100_000, remat=remat, block=100)
     assert abs(other[0] - whole[0]) <= 1e-6 * abs(whole[0])
     close(other[1], whole[1], 1e-5)
 

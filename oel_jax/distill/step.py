@@ -13,7 +13,7 @@ from oel_jax.distill.packing import MicroBatch, View
 from oel_jax.distill.topk_kl import KLConfig, TokenStats, fused_topk_kl
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import KeyValues, Params, Prefix, forward, head
-from oel_jax.parallel.mesh import constrain, out_spec
+from oel_jax.parallel.mesh import constrain, merge_rows
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class StepConfig:
       model: shape of student and teacher.
       kl: the loss.
       dtype: compute dtype of the student; the teacher's weights are already in it.
-      remat: recompute layers in the backward pass.
+      remat: what layers keep for the backward pass, one of `lm.model.REMAT`.
       block: query block of the attention.
     """
 
     model: ModelConfig
     kl: KLConfig
     dtype: Any
-    remat: bool
+    remat: str
     block: int
 
 
@@ -73,16 +73,10 @@ def zeros_like(params: Params) -> Params:
 
 def _predicting(hidden: Float[Array, "B T D"], predict: Int[Array, "B R"]) -> Array:
     """Hidden states that predict the response tokens, [B * R, D]."""
-    return _flat(jnp.take_along_axis(hidden, predict[:, :, None], axis=1))
+    return merge_rows(jnp.take_along_axis(hidden, predict[:, :, None], axis=1))
 
 
-def _flat(x: Array) -> Array:
-    """[B, R, ...] -> [B * R, ...], rows still split over 'fsdp'."""
-    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-    return jax.lax.reshape(x, shape, out_sharding=out_spec("batch", *[None] * (x.ndim - 2)))
-
-
-def _hidden(step: StepConfig, params: Params, view: View, cache: KeyValues | None, remat: bool):
+def _hidden(step: StepConfig, params: Params, view: View, cache: KeyValues | None, remat: str):
     prefix = None if cache is None else Prefix(cache, view.shared)
     hidden = forward(
         step.model,
@@ -107,17 +101,17 @@ def micro_loss(
     """
     student = jax.tree.map(lambda leaf: leaf.astype(step.dtype), params)
     h_s = _hidden(step, student, batch.student, None, step.remat)
-    h_t = jax.lax.stop_gradient(_hidden(step, teacher, batch.teacher, cache, False))
+    h_t = jax.lax.stop_gradient(_hidden(step, teacher, batch.teacher, cache, "none"))
     loss, stats = fused_topk_kl(
         step.kl,
         h_s,
         constrain(head(step.model, student), "vocab", None),
         h_t,
         constrain(head(step.model, teacher), "vocab", None),
-        _flat(batch.sampled),
-        _flat(batch.weight),
+        merge_rows(batch.sampled),
+        merge_rows(batch.weight),
     )
-    return loss, _sums(loss, stats, _flat(batch.mask), _flat(batch.log_prob))
+    return loss, _sums(loss, stats, merge_rows(batch.mask), merge_rows(batch.log_prob))
 
 
 def _sums(loss: Array, stats: TokenStats, mask: Array, log_prob: Array) -> Sums:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.model import KeyValues
-from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length
+from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length, shared_start
 from oel_jax.prompts import with_knowledge
 
 
@@ -28,8 +28,9 @@ class KnowledgePrefix:
 class Teacher:
     """P_r with knowledge in its prompt.
 
-    `prefix(k)` is encoded when text k is first needed and then kept for the whole round. A prompt
-    that happens to share only a part of it uses that part, so caching never changes a result.
+    `prepare` encodes the beginning of the prompts with each text, once for the whole round. A
+    prompt that happens to share only a part of it uses that part, so caching never changes a
+    result.
     """
 
     def __init__(
@@ -57,19 +58,15 @@ class Teacher:
         return shared, ids[shared:]
 
     def prefix(self, text: int) -> KnowledgePrefix:
-        """The encoded prefix of a text; `prepare` must have been called for it."""
+        """The encoded prefix of a text; `prepare` must have been called."""
         return self._prefixes[text]
 
-    def prepare(self, text: int, examples: Sequence[str]) -> None:
-        """Encode the prefix of a text, once; `examples` are prompts that it will serve."""
-        if text in self._prefixes:
-            return
-        prompts = [self.prompt(text, example) for example in dict.fromkeys(examples)]
-        length = min(
-            min(common_prefix(prompts[0], other) for other in prompts), len(prompts[0]) - 1
-        )
-        ids = tuple(prompts[0][:length])
-        self._prefixes[text] = KnowledgePrefix(ids, self._encode(ids))
+    def prepare(self, examples: Sequence[str]) -> None:
+        """Encode the prefixes of all texts, once; `examples` are prompts that they will serve."""
+        for text in range(len(self.texts)) if not self._prefixes else ():
+            prompts = [self.prompt(text, example) for example in dict.fromkeys(examples)]
+            ids = shared_start(prompts)
+            self._prefixes[text] = KnowledgePrefix(ids, self._encode(ids))
 
     def _encode(self, ids: Sequence[int]) -> KeyValues:
         model = self.model

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from oel_jax.lm.attention import Source, attention
@@ -24,6 +25,11 @@ from oel_jax.lm.rope import cos_sin, rotate
 from oel_jax.parallel.mesh import constrain, out_spec, shardings
 
 Params = dict[str, Any]
+
+# What a layer keeps for the backward pass: everything, the results of its matrix products (norms,
+# rotations, attention weights and the gate are computed again), or its input alone.
+REMAT = ("none", "products", "layer")
+_PRODUCTS = ("q", "k", "v", "attended", "o", "gate", "up")
 
 _BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
     "attn_norm": (None,),
@@ -101,21 +107,24 @@ class Block(nnx.Module):
         the caller wants to keep (updated cache, new keys and values).
         """
         y = rms_norm(x, self.attn_norm[...], cfg.rms_norm_eps)
-        q = self._project(y, "q", "heads")
-        k = self._project(y, "k", "kv_heads")
-        v = self._project(y, "v", "kv_heads")
+        q = checkpoint_name(self._project(y, "q", "heads"), "q")
+        k = checkpoint_name(self._project(y, "k", "kv_heads"), "k")
+        v = checkpoint_name(self._project(y, "v", "kv_heads"), "v")
         if cfg.qk_norm:
             q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
         q, k = rotate(q, *rope), rotate(k, *rope)
         out, kept = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        out = checkpoint_name(out, "attended")
         rows = out_spec("batch", None, None)
-        x = x + jnp.einsum(
+        mixed = jnp.einsum(
             "btnh,nhd->btd", out, constrain(self.o[...], "heads", None, None), out_sharding=rows
         )
+        x = x + checkpoint_name(mixed, "o")
         y = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
         gate = jnp.einsum("btd,df->btf", y, constrain(self.gate[...], None, "mlp"))
         up = jnp.einsum("btd,df->btf", y, constrain(self.up[...], None, "mlp"))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         down = constrain(self.down[...], "mlp", None)
         return x + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, down, out_sharding=rows), kept
 
@@ -208,7 +217,7 @@ def forward(
     segments: Int[Array, "B T"],
     *,
     prefix: Prefix | None = None,
-    remat: bool = False,
+    remat: str = "none",
     block: int = 512,
     with_cache: bool = False,
 ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KeyValues]:
@@ -220,7 +229,7 @@ def forward(
       segments: 0 is padding; a token sees earlier columns of its own segment only, so rows may be
         right-padded, left-padded or packed.
       prefix: keys and values every row may see before its own (knowledge, encoded once).
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what layers keep for the backward pass, one of `REMAT`.
       block: query block of the attention.
       with_cache: also return the keys and values of all layers, [L, B, K, T, H].
     """
@@ -239,7 +248,10 @@ def forward(
 
         return run_block(cfg, weights, x, rope, attend)
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    if remat != "none":
+        kept = _PRODUCTS if remat == "products" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     shared = None if prefix is None else prefix.cache
     x, cache = jax.lax.scan(body, embed(params, tokens), (params["layers"], shared))
     x = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)

@@ -10,12 +10,20 @@ from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import KeyValues, Params, forward
 from oel_jax.parallel.mesh import put_batch
 
+SHARED_FROM = 64  # tokens: what is shorter is cheaper to encode again than to read apart
+
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Number of leading ids two sequences share."""
     limit = min(len(first), len(second))
     differ = np.flatnonzero(np.asarray(first[:limit]) != np.asarray(second[:limit]))
     return int(differ[0]) if differ.size else limit
+
+
+def shared_start(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The ids that all prompts begin with; the last one of every prompt stays its own."""
+    length = min(common_prefix(prompts[0], other) for other in prompts)
+    return tuple(prompts[0][: min([length, *(len(prompt) - 1 for prompt in prompts)])])
 
 
 def padded_length(length: int, least: int = 16) -> int:

@@ -25,7 +25,7 @@ from oel_jax.lm.slots import (
     extend,
     put_prefix,
 )
-from oel_jax.parallel.mesh import put_batch
+from oel_jax.parallel.mesh import device_bytes, put_batch
 
 
 def request_key(*parts: object) -> np.ndarray:
@@ -123,6 +123,10 @@ class Sampler:
     Nothing that depends on what else is in the batch changes a result: prompts are padded to a
     length that follows from their own, travel in batches of `prefill_rows`, and reuse only what
     their own session and their own prefix say.
+
+    With `overlap`, `poll` does not wait for the decoding it starts: the caller plays its games and
+    makes its next prompts meanwhile, and gets the answers of one call from the next. The device
+    then never waits for the host, and a slot that was answered waits for one dispatch.
     """
 
     def __init__(
@@ -143,6 +147,8 @@ class Sampler:
         longest_prefix: int = 0,
         prefixes: int = 1,
         block: int = 512,
+        overlap: bool = False,
+        draft: int = 0,
     ):
         """Allocate the caches: slots x max_len and prefixes x longest_prefix tokens.
 
@@ -150,6 +156,7 @@ class Sampler:
           max_len: tokens of prompt and response behind the shared prefix.
           prefill_chunk: longer prompts are encoded in pieces of so many tokens.
           prefixes: how many shared prefixes can be in use at once; each has its part of the slots.
+          draft: tokens drafted from a slot's own text and verified in each pass; 0: none.
 
         Raises:
           UserError: slots or prefill_rows are not a multiple of the mesh's 'fsdp' size.
@@ -171,6 +178,7 @@ class Sampler:
         self.max_len, self.max_new = max_len, max_new
         self.decode_steps, self.prefill_rows, self.block = decode_steps, prefill_rows, block
         self.prefill_chunk, self.longest_prefix = prefill_chunk, longest_prefix
+        self.overlap, self.draft, self._in_flight = overlap, draft, False
         self._pending: deque[Request] = deque()
         self._slots = [_Slot() for _ in range(slots)]
         self._per_device = slots // fsdp
@@ -187,6 +195,7 @@ class Sampler:
                 dtype,
                 groups=prefixes,
                 shared=longest_prefix,
+                drafting=draft > 0,
             )
 
     @property
@@ -221,20 +230,22 @@ class Sampler:
     def poll(self, params: Params) -> list[Completion]:
         """Fill free slots, decode once, return the completions (possibly none)."""
         with jax.set_mesh(self.mesh):
+            done = self._collect() if self.overlap and self._in_flight else []
             if self._pending:
                 self._fill(params)
-            if not any(slot.running for slot in self._slots):
-                return []
-            self._state = decode(
-                self.cfg,
-                params,
-                self._state,
-                np.int32(self.decode_steps),
-                how=self.how,
-                limit=self.limit,
-                stop_ids=self.stop_ids,
-            )
-        return self._collect()
+            self._in_flight = any(slot.running for slot in self._slots)
+            if self._in_flight:
+                self._state = decode(
+                    self.cfg,
+                    params,
+                    self._state,
+                    np.int32(self.decode_steps),
+                    how=self.how,
+                    limit=self.limit,
+                    stop_ids=self.stop_ids,
+                    draft=self.draft,
+                )
+            return done if self.overlap or not self._in_flight else self._collect()
 
     def generate(self, params: Params, requests: Sequence[Request]) -> list[Completion]:
         """Run all requests; completions in the order of the requests."""
@@ -245,6 +256,16 @@ class Sampler:
                 tag = requests[done.tag].tag
                 results[done.tag] = replace(done, tag=tag)
         return results  # type: ignore[return-value]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the caches and all other state on one device."""
+        return device_bytes(self._state)
+
+    def drafts(self) -> tuple[int, int]:
+        """(tokens drafted, drafted tokens kept) over the sampler's life."""
+        proposed, accepted = jax.device_get(self._state.drafts).tolist()
+        return proposed, accepted
 
     def forget(self) -> None:
         """Drop everything kept for reuse: call it when the parameters have changed."""

@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oel_jax.lm.attention import cached_attention
 from oel_jax.lm.config import ModelConfig
+from oel_jax.lm.draft import kept, propose
 from oel_jax.lm.model import KeyValues, Params, embed, rms_norm, run_block, unembed
 from oel_jax.lm.rope import cos_sin
 from oel_jax.lm.sampling import Sampling, sample
-from oel_jax.parallel.mesh import spec
+from oel_jax.parallel.mesh import merge_rows, spec, split_rows
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +48,8 @@ class SlotState:
       done: nothing to do (free, or finished and not yet fetched).
       response: generated ids; entries >= count are stale.
       log_prob: their log-probabilities at the sampling temperature.
+      ids: the tokens at the columns of the slot's cache, for drafts; width 0 without them.
+      drafts: tokens drafted and drafted tokens kept, since the state was made.
     """
 
     cache: KeyValues
@@ -60,6 +63,8 @@ class SlotState:
     done: Bool[Array, " B"]
     response: Int[Array, "B R"]
     log_prob: Float[Array, "B R"]
+    ids: Int[Array, "B S"]
+    drafts: Int[Array, "2"]
 
 
 @jax.tree_util.register_dataclass
@@ -111,8 +116,13 @@ def empty_state(
     *,
     groups: int = 1,
     shared: int = 0,
+    drafting: bool = False,
+    abstract: bool = False,
 ) -> SlotState:
-    """All slots free; caches are created in their sharded places, lengths rounded up to blocks."""
+    """All slots free; caches are created in their sharded places, lengths rounded up to blocks.
+
+    `abstract`: only shapes and shardings, to compile for devices that are not at hand.
+    """
     length += -length % cache_block(length)
     shared += -shared % cache_block(shared)
     heads = (cfg.num_kv_heads, cfg.head_dim)
@@ -131,6 +141,8 @@ def empty_state(
         done=rows,
         response=wide,
         log_prob=wide,
+        ids=wide,
+        drafts=P(),
     )
 
     def make() -> SlotState:
@@ -147,11 +159,19 @@ def empty_state(
             done=jnp.ones(slots, bool),
             response=jnp.zeros((slots, response), jnp.int32),
             log_prob=jnp.zeros((slots, response), jnp.float32),
+            ids=jnp.zeros((slots, length if drafting else 0), jnp.int32),
+            drafts=jnp.zeros(2, jnp.int32),
         )
 
     places = jax.tree.map(
         lambda s: jax.sharding.NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P)
     )
+    if abstract:
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(make),
+            places,
+        )
     return jax.jit(make, out_shardings=places)()
 
 
@@ -262,7 +282,13 @@ def extend(cfg: ModelConfig, params: Params, state: SlotState, new: Piece) -> Sl
     column = jnp.where(real, new.column[:, None] + index, state.cache.keys.shape[2])
     reach = _reach(state, new.slot, column, new.shared, new.group, real)
     _, cache = _through_layers(cfg, params, new.tokens, state, reach)
-    return replace(state, cache=cache)
+    rows, wide = P("fsdp"), P("fsdp", None)
+
+    def remember(ids, slot, column, tokens):
+        return ids.at[slot[:, None], column].set(tokens, mode="drop")
+
+    write = _per_device(remember, (wide, rows, wide, wide), wide)
+    return replace(state, cache=cache, ids=write(state.ids, new.slot, column, new.tokens))
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -281,12 +307,14 @@ def admit(state: SlotState, new: Admission) -> SlotState:
     targets = {name: getattr(state, name) for name in values}
     specs = {name: spec("batch", *[None] * (leaf.ndim - 1)) for name, leaf in values.items()}
 
-    def local(slot, targets, values):
-        return jax.tree.map(lambda t, v: t.at[slot].set(v, mode="drop"), targets, values)
+    def local(slot, targets, values, ids):
+        targets = jax.tree.map(lambda t, v: t.at[slot].set(v, mode="drop"), targets, values)
+        return targets, ids.at[slot, values["column"]].set(values["token"], mode="drop")
 
-    return replace(
-        state, **_per_device(local, (P("fsdp"), specs, specs), specs)(new.slot, targets, values)
-    )
+    wide = P("fsdp", None)
+    placed = _per_device(local, (P("fsdp"), specs, specs, wide), (specs, wide))
+    started, ids = placed(new.slot, targets, values, state.ids)
+    return replace(state, ids=ids, **started)
 
 
 @partial(jax.jit, static_argnames=("width",), donate_argnames=("state",))
@@ -295,13 +323,17 @@ def copy_slots(
 ) -> SlotState:
     """Copy the first `width` cache columns from slot to slot of one device; `state` is donated."""
 
-    def local(cache, source, target):
-        piece = cache.at[:, source, :width].get(mode="clip")
-        return cache.at[:, target, :width].set(piece, mode="drop")
+    def local(cache, ids, source, target):
+        def copy(leaf):
+            piece = leaf.at[:, source, :width].get(mode="clip")
+            return leaf.at[:, target, :width].set(piece, mode="drop")
 
-    rows = P("fsdp")
-    copied = _per_device(local, (_CACHE, rows, rows), _CACHE)
-    return replace(state, cache=KeyValues(*(copied(leaf, source, target) for leaf in state.cache)))
+        return jax.tree.map(copy, cache), copy(ids[None])[0]
+
+    rows, places = P("fsdp"), (KeyValues(_CACHE, _CACHE), P("fsdp", None))
+    copied = _per_device(local, (*places, rows, rows), places)
+    cache, ids = copied(state.cache, state.ids, source, target)
+    return replace(state, cache=cache, ids=ids)
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -320,7 +352,11 @@ def put_prefix(state: SlotState, group: Int[Array, ""], prefix: KeyValues) -> Sl
     return replace(state, bank=local(state.bank, prefix, group))
 
 
-@partial(jax.jit, static_argnames=("cfg", "how", "limit", "stop_ids"), donate_argnames=("state",))
+@partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "limit", "stop_ids", "draft"),
+    donate_argnames=("state",),
+)
 def decode(
     cfg: ModelConfig,
     params: Params,
@@ -330,37 +366,76 @@ def decode(
     how: Sampling,
     limit: int,
     stop_ids: tuple[int, ...],
+    draft: int = 0,
 ) -> SlotState:
-    """Generate up to `steps` tokens in every busy slot; stops early when all are done.
+    """Read the newest token of every busy slot `steps` times; stops early when all are done.
 
-    `limit`: ids >= limit are never sampled. `state` is donated: its cache is updated in place.
+    A pass gives a slot one token, or up to 1 + `draft` (`lm/draft.py`). `limit`: ids >= limit are
+    never sampled. `state` is donated: its cache is updated in place.
     """
+
+    look = _per_device(partial(propose, size=draft), (P("fsdp", None), P("fsdp")), P("fsdp", None))
 
     def body(carry):
         step, state = carry
         busy = ~state.done
-        reach = _reach(state, None, state.column[:, None], state.shared, None, busy[:, None])
-        x, cache = _through_layers(cfg, params, state.token[:, None], state, reach)
-        hidden = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)[:, 0]
-        token, log_prob = sample(how, limit, unembed(cfg, params, hidden), state.key, state.count)
-        column = jnp.arange(state.response.shape[1])[None, :]
-        here = (column == state.count[:, None]) & busy[:, None]
-        count = state.count + busy
-        stopped = jnp.zeros_like(busy)
-        for stop in stop_ids:
-            stopped |= token == stop
-        return step + 1, replace(
-            state,
-            cache=cache,
-            token=jnp.where(busy, token, state.token),
-            column=state.column + busy,
-            count=count,
-            done=state.done | stopped | (count >= state.budget),
-            response=jnp.where(here, token[:, None], state.response),
-            log_prob=jnp.where(here, log_prob[:, None], state.log_prob),
-        )
+        guesses = look(state.ids, state.column) if draft else state.ids[:, :0]
+        tokens = jnp.concatenate([state.token[:, None], jnp.maximum(guesses, 0)], axis=1)
+        ahead = jnp.arange(1 + draft)[None, :]
+        column = state.column[:, None] + ahead
+        # A draft may reach behind the cache: nothing of it is written there, or kept.
+        inside = busy[:, None] & (column < state.cache.keys.shape[2])
+        reach = _reach(state, None, column, state.shared, None, inside)
+        x, cache = _through_layers(cfg, params, tokens, state, reach)
+        hidden = merge_rows(rms_norm(x, params["final_norm"], cfg.rms_norm_eps))
+        keys = merge_rows(jnp.broadcast_to(state.key[:, None], (*tokens.shape, 2)))
+        counts = merge_rows(state.count[:, None] + ahead)
+        drawn = sample(how, limit, unembed(cfg, params, hidden), keys, counts)
+        sampled, log_prob = (split_rows(x, 1 + draft) for x in drawn)
+        taken = jnp.where(busy, kept(guesses, sampled, stop_ids, state.budget - state.count), 0)
+        return step + 1, _take(state, cache, sampled, log_prob, taken, guesses, stop_ids)
 
     def more(carry):
         return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _take(
+    state: SlotState, cache: KeyValues, sampled, log_prob, taken, guesses, stop_ids
+) -> SlotState:
+    """The first taken[b] of the sampled tokens [B, T] belong to slot b now."""
+
+    rows, wide = P("fsdp"), P("fsdp", None)
+
+    def put(old: Array, new: Array, first: Array, taken: Array) -> Array:
+        index = jnp.arange(old.shape[1])[None, :] - first[:, None]
+        here = (index >= 0) & (index < taken[:, None])
+        index = jnp.clip(index, 0, new.shape[1] - 1)
+        return jnp.where(here, jnp.take_along_axis(new, index, axis=1), old)
+
+    def into(old: Array, new: Array, first: Array) -> Array:
+        return _per_device(put, (wide, wide, rows, rows), wide)(old, new, first, taken)
+
+    places = jnp.arange(sampled.shape[1])[None, :]
+    last = jnp.where(places == taken[:, None] - 1, sampled, 0).sum(axis=1)
+    token = jnp.where(taken > 0, last, state.token)
+    stopped = jnp.zeros_like(state.done)
+    for stop in stop_ids:
+        stopped |= token == stop
+    count = state.count + taken
+    ended = (taken > 0) & (stopped | (count >= state.budget))
+    proposed = jnp.where((taken > 0)[:, None], guesses >= 0, False)
+    drafts = jnp.stack([proposed.sum(), (taken - (taken > 0)).sum()])
+    return replace(
+        state,
+        cache=cache,
+        token=token,
+        column=state.column + taken,
+        count=count,
+        done=state.done | ended,
+        response=into(state.response, sampled, state.count),
+        log_prob=into(state.log_prob, log_prob, state.count),
+        ids=into(state.ids, sampled, state.column + 1) if state.ids.shape[1] else state.ids,
+        drafts=state.drafts + drafts.astype(jnp.int32),
+    )

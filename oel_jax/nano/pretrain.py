@@ -142,7 +142,7 @@ def loss(params: Params, batch: Arrays, cfg: ModelConfig) -> tuple[jax.Array, ja
     per_task = jnp.zeros((2, len(TASK_NAMES)))
     for tokens, targets, positions, segments, weights, tasks in batch:
         # Recomputing layers is faster than keeping their activations, on a CPU too.
-        hidden = forward(cfg, params, tokens, positions, segments, remat=True)
+        hidden = forward(cfg, params, tokens, positions, segments, remat="layer")
         logits = unembed(cfg, params, hidden)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         each = jax.nn.logsumexp(logits, axis=-1) - picked

@@ -69,12 +69,32 @@ def out_spec(*logical: str | None) -> P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec(*logical)
 
 
+def merge_rows(x: jax.Array) -> jax.Array:
+    """[B, R, ...] -> [B * R, ...], rows still split over 'fsdp'."""
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    return jax.lax.reshape(x, shape, out_sharding=out_spec("batch", *[None] * (x.ndim - 2)))
+
+
+def split_rows(x: jax.Array, size: int) -> jax.Array:
+    """[B * size, ...] -> [B, size, ...]: what `merge_rows` did, undone."""
+    shape = (x.shape[0] // size, size, *x.shape[1:])
+    return jax.lax.reshape(x, shape, out_sharding=out_spec("batch", *[None] * x.ndim))
+
+
 def shardings(mesh: Mesh, axes: Any) -> Any:
     """Tree of NamedSharding for a tree of logical-axis tuples."""
     return jax.tree.map(
         lambda logical: NamedSharding(mesh, spec(*logical)),
         axes,
         is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that the arrays of `tree` hold on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

@@ -5,6 +5,8 @@ no mesh is set. Full logits are never gathered: a top-k gathers k candidates per
 else a scalar per row.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -27,12 +29,41 @@ def logsumexp(z: Float[Array, "*B V"], axis: str | None) -> Float[Array, " *B"]:
     return high + jnp.log(total(jnp.exp(z - high[..., None]).sum(-1), axis))
 
 
+def block_top_k(
+    z: Float[Array, "R V"], k: int, block: int
+) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
+    """`jax.lax.top_k`, ties included, by sorting V / block + k * block values in place of V.
+
+    The k largest lie in the k blocks with the largest maxima: each of those has an element that no
+    element of another block exceeds. Where such a maximum ties, `top_k` takes the earlier block,
+    and the candidates keep the order of their ids, so that equal values come lowest id first.
+    """
+    rows, width = z.shape
+    padded = jnp.pad(z, ((0, 0), (0, -width % block)), constant_values=-jnp.inf)
+    blocks = padded.reshape(rows, -1, block)
+    chosen = jnp.sort(jax.lax.top_k(blocks.max(-1), k)[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
+    values, place = jax.lax.top_k(candidates, k)
+    return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
+
+
+def _local_top_k(z: Float[Array, "R V"], k: int) -> tuple[Array, Array]:
+    """The k largest values of each row and their columns."""
+    if k == 1:
+        ids = jnp.argmax(z, axis=-1, keepdims=True)
+        return jnp.take_along_axis(z, ids, axis=-1), ids
+    ratio = z.shape[-1] // k
+    if ratio < 32:  # blocks would not save half of the work
+        return jax.lax.top_k(z, k)
+    return block_top_k(z, k, 1 << round(math.log2(ratio) / 2))
+
+
 def top_k(
     z: Float[Array, "R V"], k: int, axis: str | None
 ) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
     """Exact k largest values and their global ids, in two stages when the vocabulary is split."""
     local = z.shape[-1]
-    values, ids = jax.lax.top_k(z, min(k, local))
+    values, ids = _local_top_k(z, min(k, local))
     if axis is None:
         return values, ids
     ids = ids + offset(axis, local)

@@ -1,0 +1,131 @@
+"""A whole run: start to finish with a cold and a warm compilation cache, and its extraction stage.
+
+    python -m benchmarks.loop [--preset=nano] [--set rounds=1 ...]
+
+The run is the ordinary command in a process of its own, seed by seed. The extraction stage is then
+done again from the games of that run: with all chains in lock-step, as always, and with one
+sampler slot, which is one chain after another. Both write the same texts.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from benchmarks import side_by_side
+from benchmarks.side_by_side import Bar, finish, race, ratio, spread
+from oel_jax.config import as_json
+from oel_jax.errors import UserError
+from oel_jax.extract import extract
+from oel_jax.metrics import Metrics, read
+from oel_jax.parallel.mesh import make_mesh
+from oel_jax.run import Run
+from oel_jax.workdir import Workdir, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = {"nano": "nano_frozen_lake", "nano_sokoban": "nano_sokoban"}
+
+
+def whole_run(config: Path, fields: list[str], workdir: Path, cache: Path) -> dict[str, float]:
+    """Seconds of the ordinary command, by stage, and what was spent compiling."""
+    command = [sys.executable, "-m", "oel_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--config.{field}" for field in (*fields, f"compilation_cache={cache}")]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    found = {"all": seconds, "compiling": 0.0}
+    for row in read(workdir / "metrics.jsonl"):
+        if not row["stage"].startswith("time_"):
+            continue
+        stage = row["stage"].removeprefix("time_")
+        found[stage] = found.get(stage, 0.0) + row["time"][f"{stage}_seconds"]
+        found["compiling"] += row["time"][f"{stage}_compile_seconds"]
+    return found
+
+
+class Extraction:
+    """The extraction stage of round 1, done anew from the games of a finished run."""
+
+    def __init__(self, config: ml_collections.ConfigDict, source: Path, workdir: Path, slots: int):
+        config = ml_collections.ConfigDict(config.to_dict())
+        if slots:
+            config.sampler.slots = config.sampler.prefill_rows = slots
+        self.config, self.workdir = config, workdir
+        shutil.copytree(source / "round_001" / "deploy", workdir / "round_001" / "deploy")
+        self.texts: list[str] = []
+
+    def __call__(self) -> None:
+        opened = Workdir(self.workdir)
+        shutil.rmtree(opened.knowledge(1).parent, ignore_errors=True)
+        with opened.open(as_json(self.config)), Metrics(opened, tensorboard=False) as metrics:
+            extract(Run(self.config, opened, metrics, make_mesh(1, 1, jax.devices()[:1])), 1)
+        self.texts = read_json(opened.knowledge(1))["texts"]
+
+
+def load_config(path: Path, fields: list[str]) -> ml_collections.ConfigDict:
+    """What a config file returns, with fields set as on the command line."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    for field in fields:
+        name, _, value = field.partition("=")
+        group, _, leaf = name.rpartition(".")
+        section = config[group] if group else config
+        section[leaf] = type(section[leaf])(value)
+    return config
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = side_by_side.parser(__doc__)
+    parser.add_argument("--preset", default="nano", choices=PRESETS)
+    parser.add_argument("--set", nargs="*", default=[], help="config fields, e.g. rounds=1")
+    options = parser.parse_args()
+    path = ROOT / "configs" / f"{PRESETS[options.preset]}.py"
+    config = load_config(path, options.set)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        runs = {}
+        for name in ("cold", "warm"):
+            runs[name] = whole_run(path, options.set, place / name, place / "cache")
+            took, compiling = runs[name]["all"], runs[name]["compiling"]
+            print(f"  {name} cache: {took:.1f} s, {compiling:.1f} s of it compiling", flush=True)
+        sides = {
+            name: Extraction(config, place / "warm", place / f"extract_{slots}", slots)
+            for name, slots in (("lock-step", 0), ("one after another", 1))
+        }
+        seconds = race(sides, options.repeats)
+        if sides["lock-step"].texts != sides["one after another"].texts:
+            raise UserError("the two ways wrote different texts: nothing is compared")
+    found = ratio(seconds["one after another"], seconds["lock-step"])
+    print(f"extraction, chains one after another / in lock-step: {spread(found)}")
+    warm = runs["warm"]
+    bars = [
+        Bar("whole run with a warm cache, seconds", warm["all"], 300, most=True),
+        Bar("compile share of it", warm["compiling"] / warm["all"], 0.2, most=True),
+        Bar("extraction, one after another / lock-step", found[0], 5.0),
+    ]
+    stages = [name for name in warm if name != "all"]
+    rows = [[name, *(f"{runs[run].get(name, 0.0):.1f}" for run in runs)] for name in stages]
+    rows.append(["all", *(f"{runs[run]['all']:.1f}" for run in runs)])
+    settings = {"preset": options.preset} | dict(field.split("=", 1) for field in options.set)
+    measured = {"runs": runs, "extraction_seconds": seconds, "extraction_ratio": found}
+    headers = ["seconds", "cold cache", "warm cache"]
+    return finish("loop", settings, rows, headers, bars, measured, options)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(str(error))
