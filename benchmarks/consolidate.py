@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import side_by_side
+from benchmarks.bounds import head_flops, parameters, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
+from oel_jax.distill.memory import used
 from oel_jax.distill.packing import Sample, Shape, fill, plan, sample_weights
 from oel_jax.distill.step import StepConfig, accumulate, optimizer, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
@@ -35,6 +37,7 @@ from oel_jax.lm.language_model import LanguageModel, load_model
 from oel_jax.lm.model import KeyValues, Prefix, forward
 from oel_jax.lm.prefix import encode_prefix, padded_length
 from oel_jax.parallel.mesh import put_batch
+from oel_jax.profiling import compile_seconds
 
 TOP_K, TEMPERATURE, RATE = 256, 0.7, 1e-6
 
@@ -156,10 +159,17 @@ class UncachedTeacher:
             view = SimpleNamespace(tokens=tokens, positions=positions, segments=ones)
             self.batches.append(view)
 
+    def warm_up(self) -> None:
+        """Compile and run one batch; the last may have another number of rows."""
+        self._read(self.batches[:1] + self.batches[-1:])
+
     def __call__(self) -> None:
+        self._read(self.batches)
+
+    def _read(self, batches: list) -> None:
         model = self.ours.model
         with jax.set_mesh(model.mesh):
-            for view in self.batches:
+            for view in batches:
                 arrays = put_batch(model.mesh, (view.tokens, view.positions, view.segments))
                 out = _read_whole(model.cfg, model.params, *arrays)
             jax.block_until_ready(out)
@@ -268,6 +278,28 @@ class Torch:
         self.loss = loss if self.loss is None else self.loss
 
 
+def step_flops(model: LanguageModel, given: Work) -> dict[str, float]:
+    """FLOPs that each side's result needs at least: nothing recomputed, no padding, no text twice.
+
+    The student's tokens go forward and backward (three products where forward has one), the
+    teacher's forward behind the cached text; logits of response positions alone.
+    """
+    cfg, cached = model.cfg, given.texts.shape[1]
+    student = teacher = 0.0
+    for s in given.samples:
+        answers = len(s.response) * head_flops(cfg)
+        student += 3 * (s.student_length * token_flops(cfg, s.student_length / 2) + answers)
+        teacher += s.teacher_length * token_flops(cfg, cached + s.teacher_length / 2)
+    whole = teacher + sum(len(s.response) for s in given.samples) * head_flops(cfg)
+    step = student + whole
+    return {
+        "our step": step,
+        "torch step": step,
+        "our teacher": teacher,
+        "our teacher, uncached": teacher,
+    }
+
+
 def arguments():
     """The command line."""
     parser = side_by_side.parser(__doc__)
@@ -302,37 +334,55 @@ def main() -> int:
         sides["our teacher, uncached"] = UncachedTeacher(ours, options.token_budget)
         if options.peer == "torch":
             sides["torch step"] = Torch(directory, given, options.token_budget)
-        count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         tokens = sum(len(s.response) for s in given.samples)
-        print(f"{options.model}: {count / 1e6:.1f}M parameters, {tokens} response tokens")
+        print(f"{options.model}: {parameters(model.cfg) / 1e6:.1f}M parameters")
+        compiled = compile_seconds()
         seconds = race(sides, options.repeats)
-    share = encoding / options.steps
-    print(f"encoding {options.texts} texts, once a round: {encoding:.2f} s, {share:.2f} s a step")
-    rows = [
-        [name, f"{min(some):.2f}", f"{tokens / min(some):.0f}"] for name, some in seconds.items()
-    ]
-    with_share = {
-        n: [s + share * ("uncached" not in n) for s in some] for n, some in seconds.items()
-    }
-    teacher = ratio(seconds["our teacher, uncached"], with_share["our teacher"])
-    print(f"teacher uncached / cached: {spread(teacher)}")
-    bars = [Bar("teacher scoring, uncached / cached prefix", teacher[0], 6.0)]
-    measured = {"seconds": seconds, "encoding_seconds": encoding, "teacher_ratio": teacher}
-    if "torch step" in seconds:
-        found = ratio(seconds["torch step"], with_share["our step"])
-        first = ratio(seconds["torch step"], [s + encoding for s in seconds["our step"]])
-        losses = ours.loss, sides["torch step"].loss
-        print(f"torch / ours: {spread(found)}; with all encoding in one step {spread(first)}")
-        print(f"loss of the first step: ours {losses[0]:.6f}, torch {losses[1]:.6f}")
-        if abs(losses[0] - losses[1]) > 1e-3 * abs(losses[1]):
-            raise UserError("the two sides do not compute the same loss: nothing is compared")
-        bars.append(Bar("consolidation step, torch / ours", found[0], 3.0))
-        measured |= {"ratio": found, "ratio_first_step": first, "losses": losses}
+        compiled = compile_seconds() - compiled
+    needed, peak = step_flops(model, given), rates().flops
+    rows = []
+    for name, some in seconds.items():
+        share = f"{needed[name] / min(some) / peak:.0%}"
+        rows.append([name, f"{min(some):.2f}", f"{tokens / min(some):.0f}", share])
+    print(f"needed: {needed['our step'] / 1e12:.2f} TFLOP a step, at {peak / 1e9:.0f} GFLOP/s")
+    print(f"compiling took {compiled:.1f} s; {used()}")
+    measured = {"seconds": seconds, "encoding_seconds": encoding, "compile_seconds": compiled}
+    measured |= {"needed_flops": needed["our step"], "measured_flops_per_second": peak}
+    losses = (ours.loss, sides["torch step"].loss) if "torch step" in sides else None
+    bars, ratios = compared(seconds, encoding, options, losses)
     settings = {"model": Path(options.model).name, "knowledge": options.knowledge}
     settings |= {"texts": options.texts, "prefixes": options.prefixes}
     settings |= {"prompt": options.prompt, "answer": options.answer}
-    headers = ["side", "best seconds", "response tokens/s"]
-    return finish("consolidate", settings, rows, headers, bars, measured, options)
+    headers = ["side", "best seconds", "response tokens/s", "FLOP utilisation"]
+    return finish("consolidate", settings, rows, headers, bars, measured | ratios, options)
+
+
+def compared(
+    seconds: dict[str, list[float]], encoding: float, options, losses: tuple | None
+) -> tuple[list[Bar], dict]:
+    """The ratios, with each step's share of the round's encoding on our side.
+
+    Raises:
+      UserError: the two sides computed different losses.
+    """
+    share = encoding / options.steps
+    print(f"encoding {options.texts} texts, once a round: {encoding:.2f} s, {share:.2f} s a step")
+    teacher = ratio(seconds["our teacher, uncached"], [s + share for s in seconds["our teacher"]])
+    print(f"teacher uncached / cached: {spread(teacher)}")
+    bars = [Bar("teacher scoring, uncached / cached prefix", teacher[0], 6.0)]
+    ratios = {"teacher_ratio": teacher}
+    if losses is None:
+        return bars, ratios
+    print(f"loss of the first step: ours {losses[0]:.6f}, torch {losses[1]:.6f}")
+    if abs(losses[0] - losses[1]) > 1e-3 * abs(losses[1]):
+        raise UserError("the two sides do not compute the same loss: nothing is compared")
+    found, first = (
+        ratio(seconds["torch step"], [s + extra for s in seconds["our step"]])
+        for extra in (share, encoding)
+    )
+    print(f"torch / ours: {spread(found)}; with all encoding in one step {spread(first)}")
+    bars.append(Bar("consolidation step, torch / ours", found[0], 3.0))
+    return bars, ratios | {"ratio": found, "ratio_first_step": first, "losses": losses}
 
 
 if __name__ == "__main__":

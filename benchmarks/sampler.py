@@ -16,12 +16,16 @@ import jax
 import numpy as np
 
 from benchmarks import side_by_side
+from benchmarks.bounds import head_flops, parameters, position_bytes, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
+from oel_jax.distill.memory import used
 from oel_jax.errors import UserError
+from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import LanguageModel, load_model
 from oel_jax.lm.sampler import Request, Sampler, request_key
 from oel_jax.lm.sampling import Sampling
+from oel_jax.profiling import compile_seconds
 
 OPENINGS, OPENING, STEP = 19, 160, 100  # a Frozen Lake board in Qwen3's tokens is about 90
 
@@ -122,6 +126,25 @@ class Transformers:
             assert out.shape[1] == ids.shape[1] + self.new
 
 
+def bound(cfg: ModelConfig, options, itemsize: int) -> float:
+    """Seconds that the games need at least, at the device's measured rates.
+
+    Every distinct prompt token goes through the layers once, at the rate of large products. Every
+    decoding pass of all games reads the weights, the knowledge once, and each game's own history,
+    at the rate of a large copy.
+    """
+    device = rates()
+    openings = min(OPENINGS, options.games)
+    fresh = options.knowledge + openings * OPENING + options.games * STEP * (options.turns - 1)
+    encoding = fresh * token_flops(cfg, options.knowledge / 2) / device.flops
+    own = sum(length(0, turn) + options.answer / 2 for turn in range(options.turns))
+    held = options.turns * options.knowledge + options.games * own
+    read = options.turns * parameters(cfg) * itemsize + held * position_bytes(cfg, itemsize)
+    each = token_flops(cfg, options.knowledge + own / options.turns) + head_flops(cfg)
+    computed = options.turns * options.games * each / device.flops
+    return encoding + options.answer * max(read / device.bytes, computed)
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = side_by_side.parser(__doc__)
@@ -145,15 +168,21 @@ def main() -> int:
             sides["transformers"] = Transformers(directory, *rest)
         count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         print(f"{options.model}: {count / 1e6:.1f}M parameters, {options.games} games")
+        compiled = compile_seconds()
         seconds = race(sides, options.repeats)
+        compiled = compile_seconds() - compiled
     tokens = options.games * options.turns * options.answer
+    least = bound(model.cfg, options, itemsize=4)
     rows = [
-        [name, f"{min(some):.2f}", f"{tokens / min(some):.0f}"] for name, some in seconds.items()
+        [name, f"{min(some):.2f}", f"{tokens / min(some):.0f}", f"{least / min(some):.0%}"]
+        for name, some in seconds.items()
     ]
     bars, measured = [], {"seconds": seconds, "tokens": tokens, "parameters": count}
+    measured |= {"bound_seconds": least, "compile_seconds": compiled}
     encoded = sides["ours"].sampler.encoded / (options.repeats + 1)
     whole = sum(length(options.knowledge, t) for t in range(options.turns)) * options.games
     print(f"prompt tokens encoded by ours: {encoded:.0f} of {whole} ({encoded / whole:.1%})")
+    print(f"bound: {least:.2f} s; compiling took {compiled:.1f} s; {used()}")
     if "transformers" in seconds:
         found = ratio(seconds["transformers"], seconds["ours"])
         print(f"transformers / ours, per generated token: {spread(found)}")
@@ -163,7 +192,7 @@ def main() -> int:
         bars.append(Bar(f"{what}, transformers / ours per generated token", found[0], target))
     settings = {"model": Path(options.model).name, "knowledge": options.knowledge}
     settings |= {"games": options.games, "turns": options.turns, "answer": options.answer}
-    headers = ["side", "best seconds", "tokens/s"]
+    headers = ["side", "best seconds", "tokens/s", "of the bound"]
     return finish("sampler", settings, rows, headers, bars, measured, options)
 
 

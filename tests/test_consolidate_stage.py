@@ -152,3 +152,41 @@ def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message
     with opened(work, tiny_config()) as run, pytest.raises(UserError) as caught:
         module.consolidate(run, 1)
     assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_a_step_tells_its_memory_its_time_and_its_trace(finished_run, tmp_path, capsys):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    before = read_metrics(work / "metrics.jsonl")
+    go(work, tiny_config(profile="step:2..2"), ["consolidate"])
+    out = capsys.readouterr().out
+    for name in ("student, float32", "AdamW's moments", "knowledge, encoded", "rollout cache"):
+        assert name in out
+    assert "predicted" in out and "GB predicted for a step" in out
+    # Where TensorBoard's profile plugin looks: beside the curves of the stage.
+    assert list((work / "tensorboard/round_001/consolidate/plugins/profile").glob("*/*.xplane.pb"))
+    (row,) = [r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "time_consolidate"]
+    assert row["time"]["consolidate_seconds"] > row["time"]["consolidate_compile_seconds"] >= 0
+    assert row["values"] == {} and len(before) > 0
+
+
+def test_rollouts_read_their_common_beginning_once(finished_run, tmp_path, monkeypatch):
+    """With and without the shared beginning: the same answers, less to encode."""
+    made, answers = [], []
+    plan, sampler = module.plan, module.Run.sampler
+
+    def watched_sampler(*words, **settings):
+        made.append(sampler(*words, **settings))
+        return made[-1]
+
+    def watched_plan(samples, *rest):
+        answers.append([sample.response for sample in samples])
+        return plan(samples, *rest)
+
+    monkeypatch.setattr(module.Run, "sampler", watched_sampler)
+    monkeypatch.setattr(module, "plan", watched_plan)
+    for least in (1, 10_000):
+        work = copy_of(finished_run, tmp_path / str(least), "consolidate", "evaluate")
+        monkeypatch.setattr(module, "SHARED_FROM", least)
+        go(work, tiny_config(consolidate__steps=1), ["consolidate"], change=True)
+    assert made[0].encoded < made[1].encoded
+    assert answers[0] == answers[1]
