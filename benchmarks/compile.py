@@ -104,7 +104,7 @@ def programs(shapes: Abstract) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "prefill", lambda: extend.lower(cfg, shapes.weights, shapes.state(), piece)
     how = {"how": Sampling(0.7), "limit": cfg.vocab_size, "stop_ids": (1,)}
     yield "decode", lambda: decode.lower(cfg, shapes.weights, shapes.state(), none, **how)
-    step = StepConfig(cfg, KLConfig(256, 0.7, chunk=512), jnp.bfloat16, o.remat, 512)
+    step = StepConfig(cfg, KLConfig(256, 0.7, chunk=512), jnp.bfloat16, o.remat, 256)
     cache, batch = shapes.micro_batch()
     inputs = (shapes.masters, shapes.masters, shapes.weights, cache, batch)
     yield "consolidation micro-batch", lambda: accumulate.lower(*inputs, step=step)

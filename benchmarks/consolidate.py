@@ -77,7 +77,7 @@ class Ours:
         self.tx = optimizer(SimpleNamespace(**section))
         self.state = jax.jit(self.tx.init)(self.student)
         kl = KLConfig(TOP_K, TEMPERATURE, chunk=512)
-        self.step = StepConfig(model.cfg, kl, jnp.float32, remat, 512)
+        self.step = StepConfig(model.cfg, kl, jnp.float32, remat, 256)
         self.caches: list[KeyValues] = []
         self.loss = None
 
@@ -132,7 +132,7 @@ class CachedTeacher:
         with jax.set_mesh(ours.model.mesh):
             for text, batch in self.batches:
                 out = _read(
-                    ours.model.cfg, ours.model.params, batch.teacher, ours.caches[text], 512
+                    ours.model.cfg, ours.model.params, batch.teacher, ours.caches[text], 256
                 )
             jax.block_until_ready(out)
 

@@ -1,12 +1,15 @@
-"""A whole run: start to finish with a cold and a warm compilation cache, and its extraction stage.
+"""A whole run: start to finish with a cold and a warm compilation cache, and its extraction.
 
     python -m benchmarks.loop [--preset=nano] [--set rounds=1 ...]
 
-The run is the ordinary command in a process of its own, seed by seed. The extraction stage is then
-done again from the games of that run: with all chains in lock-step, as always, and with one
-sampler slot, which is one chain after another. Both write the same texts.
+The run is the ordinary command in a process of its own. Extraction, the games that the K chains
+learn from and the extractor's calls, is then done again with the policy of round 1: all chains
+together, as always, and with one sampler slot, which is one chain after another. Both write the
+same texts. The extractor's calls alone are reported beside it.
 """
 
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import ml_collections
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.config import as_json
+from oel_jax.deploy import deploy
 from oel_jax.errors import UserError
 from oel_jax.extract import extract
 from oel_jax.metrics import Metrics, read
@@ -51,22 +55,31 @@ def whole_run(config: Path, fields: list[str], workdir: Path, cache: Path) -> di
 
 
 class Extraction:
-    """The extraction stage of round 1, done anew from the games of a finished run."""
+    """The games and the extractor's calls of round 1, done anew each time."""
 
-    def __init__(self, config: ml_collections.ConfigDict, source: Path, workdir: Path, slots: int):
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, slots: int):
         config = ml_collections.ConfigDict(config.to_dict())
         if slots:
             config.sampler.slots = config.sampler.prefill_rows = slots
+        # Of the games whose prefixes are trained on, which are none of this, a single one.
+        config.consolidate.steps = config.deploy.games_per_step = 1
         self.config, self.workdir = config, workdir
-        shutil.copytree(source / "round_001" / "deploy", workdir / "round_001" / "deploy")
         self.texts: list[str] = []
+        self.calls: list[float] = []  # seconds of the extractor's calls alone
 
     def __call__(self) -> None:
-        opened = Workdir(self.workdir)
-        shutil.rmtree(opened.knowledge(1).parent, ignore_errors=True)
-        with opened.open(as_json(self.config)), Metrics(opened, tensorboard=False) as metrics:
-            extract(Run(self.config, opened, metrics, make_mesh(1, 1, jax.devices()[:1])), 1)
-        self.texts = read_json(opened.knowledge(1))["texts"]
+        shutil.rmtree(self.workdir, ignore_errors=True)
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            Workdir(self.workdir).open(as_json(self.config)) as opened,
+            Metrics(opened, tensorboard=False) as metrics,
+        ):
+            run = Run(self.config, opened, metrics, make_mesh(1, 1, jax.devices()[:1]))
+            deploy(run, 1)
+            began = time.perf_counter()
+            extract(run, 1)
+            self.calls.append(time.perf_counter() - began)
+            self.texts = read_json(opened.knowledge(1))["texts"]
 
 
 def load_config(path: Path, fields: list[str]) -> ml_collections.ConfigDict:
@@ -101,14 +114,16 @@ def main() -> int:
             took, compiling = runs[name]["all"], runs[name]["compiling"]
             print(f"  {name} cache: {took:.1f} s, {compiling:.1f} s of it compiling", flush=True)
         sides = {
-            name: Extraction(config, place / "warm", place / f"extract_{slots}", slots)
+            name: Extraction(config, place / f"extract_{slots}", slots)
             for name, slots in (("lock-step", 0), ("one after another", 1))
         }
         seconds = race(sides, options.repeats)
         if sides["lock-step"].texts != sides["one after another"].texts:
             raise UserError("the two ways wrote different texts: nothing is compared")
     found = ratio(seconds["one after another"], seconds["lock-step"])
+    calls = ratio(*(sides[name].calls[1:] for name in ("one after another", "lock-step")))
     print(f"extraction, chains one after another / in lock-step: {spread(found)}")
+    print(f"the extractor's calls alone: {spread(calls)}")
     warm = runs["warm"]
     bars = [
         Bar("whole run with a warm cache, seconds", warm["all"], 300, most=True),
@@ -120,6 +135,7 @@ def main() -> int:
     rows.append(["all", *(f"{runs[run]['all']:.1f}" for run in runs)])
     settings = {"preset": options.preset} | dict(field.split("=", 1) for field in options.set)
     measured = {"runs": runs, "extraction_seconds": seconds, "extraction_ratio": found}
+    measured |= {"extractor_calls_ratio": calls}
     headers = ["seconds", "cold cache", "warm cache"]
     return finish("loop", settings, rows, headers, bars, measured, options)
 

@@ -23,7 +23,8 @@ from oel_jax.distill.memory import used
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import LanguageModel, load_model
-from oel_jax.lm.sampler import Request, Sampler, request_key
+from oel_jax.lm.requests import Request, request_key
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.profiling import compile_seconds
 

@@ -44,7 +44,7 @@ def default() -> ml_collections.ConfigDict:
     m.path = "Qwen/Qwen3-4B"  # 'nano', 'nano:tiny' (bundled), a directory, or a hub id
     m.dtype = "bfloat16"  # compute dtype of student, teacher and sampler; masters are float32
     m.thinking = True  # thinking flag of the chat template, in play and in extraction
-    m.attention_block = 512  # query rows per attention block: memory against speed
+    m.attention_block = 256  # queries in a tile of attention: memory against speed
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.fsdp = 1  # devices that split parameters and batch; -1 = all that tp leaves

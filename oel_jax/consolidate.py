@@ -33,7 +33,8 @@ from oel_jax.errors import UserError
 from oel_jax.lm.huggingface import save_model
 from oel_jax.lm.language_model import DTYPES, LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, shared_start
-from oel_jax.lm.sampler import Request, Sampler
+from oel_jax.lm.requests import Request
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import read as read_metrics
 from oel_jax.metrics import table

@@ -15,7 +15,8 @@ import numpy as np
 from oel_jax import games, negative_control
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, common_prefix
-from oel_jax.lm.sampler import Completion, Request, Sampler
+from oel_jax.lm.requests import Completion, Request
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import Progress, table
 from oel_jax.prompts import play_prompt

@@ -16,7 +16,7 @@ from oel_jax import knowledge, prompts
 from oel_jax.config import extraction_template, extractor_budget
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
-from oel_jax.lm.sampler import Completion, Request
+from oel_jax.lm.requests import Completion, Request
 from oel_jax.metrics import printable
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, read

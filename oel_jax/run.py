@@ -12,7 +12,8 @@ from oel_jax.config import validate_against_model
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import DTYPES, LanguageModel, bundled, load_model
-from oel_jax.lm.sampler import Sampler, request_key
+from oel_jax.lm.requests import request_key
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import Metrics, Progress

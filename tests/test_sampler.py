@@ -6,7 +6,8 @@ import pytest
 
 from oel_jax.errors import UserError
 from oel_jax.lm.language_model import load_model
-from oel_jax.lm.sampler import Request, Sampler, request_key
+from oel_jax.lm.requests import Request, request_key
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling, sample
 from oel_jax.lm.slots import decode
 from oel_jax.parallel.mesh import make_mesh

@@ -11,7 +11,8 @@ from oel_jax.lm import sampler as sampler_module
 from oel_jax.lm import slots
 from oel_jax.lm.language_model import load_model
 from oel_jax.lm.prefix import padded_length
-from oel_jax.lm.sampler import Request, Sampler, request_key
+from oel_jax.lm.requests import Request, request_key
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.parallel.mesh import make_mesh
 

@@ -105,7 +105,7 @@ def samples(teacher, prompts):
 
 
 def run(
-    student: LanguageModel, teacher, samples, budget, how="token_mean", remat="none", block=512
+    student: LanguageModel, teacher, samples, budget, how="token_mean", remat="none", block=256
 ):
     """Gradient and sums of a whole step, accumulated over its micro-batches."""
     mesh = student.mesh
@@ -261,7 +261,7 @@ def test_memory_is_predicted_before_a_step(teacher, prompts, fsdp, capsys):
     temporaries = {}
     with jax.set_mesh(mesh):
         for remat in ("none", "products", "layer"):
-            step = StepConfig(CFG, KL, jnp.float32, remat, 512)
+            step = StepConfig(CFG, KL, jnp.float32, remat, 256)
             add = Accumulator(step, {"student": device_bytes(student.params)})
             for text, rows in batches:
                 batch = put_batch(mesh, fill(samples, weights, rows, shape))

@@ -34,7 +34,7 @@ class Teacher:
     """
 
     def __init__(
-        self, model: LanguageModel, texts: Sequence[str], *, thinking: bool, block: int = 512
+        self, model: LanguageModel, texts: Sequence[str], *, thinking: bool, block: int = 256
     ):
         self.model, self.texts = model, list(texts)
         self._thinking, self._block = thinking, block

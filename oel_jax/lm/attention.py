@@ -1,212 +1,321 @@
-"""Attention over one or several sources of keys and values.
+"""Attention over whole rows, streamed: scores exist for one tile of queries and keys at a time.
 
-A query may look at its own sequence, at a cache, and at a knowledge prefix that many rows share.
-Each of these is a `Source`; one softmax runs over all of them, so attending to a cached prefix and
-then to oneself equals attending to the concatenated sequence. A shared source has no batch axis:
-nothing is copied per row.
-
-The scores are computed in query blocks, so that memory stays at [B, N, block, S].
+A token sees the earlier tokens of its own segment and, before them, the beginning of a knowledge
+prefix that all rows share (no batch axis: nothing is copied per row). One softmax runs over both,
+carried from key tile to key tile, so attending to a cached prefix equals attending to the
+concatenated sequence. The backward pass makes the tiles again from the saved log-sum-exp, as in
+FlashAttention (Dao et al. 2022); key tiles that lie wholly after a query tile are never touched.
 """
 
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax import P
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
-from oel_jax.parallel.mesh import out_spec
-
-_MASKED = -1e30  # finite, so that a padding row (nothing visible) stays finite
-
-
-@dataclass(frozen=True)
-class Source:
-    """Keys and values, and which of them a query may see.
-
-    Attributes:
-      keys, values: [B, K, S, H], or [K, S, H] when all rows share them.
-      limit: [B, T]; query t of row b sees entries with index <= limit[b, t].
-      segments: ([B, T], [B, S]) segment ids; unequal ids do not see each other. None: all equal.
-    """
-
-    keys: Float[Array, "*B K S H"]
-    values: Float[Array, "*B K S H"]
-    limit: Int[Array, "B T"]
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None
-
-    def pad_queries(self, extra: int) -> "Source":
-        """The same source for `extra` more queries that see nothing."""
-
-        def pad(x: Array, value: int) -> Array:
-            return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
-
-        segments = self.segments and (pad(self.segments[0], -1), self.segments[1])
-        return Source(self.keys, self.values, pad(self.limit, -1), segments)
-
-    def visible(self, start: int | Array, size: int) -> Bool[Array, "B size S"]:
-        """Mask of the query block [start, start + size)."""
-        limit = jax.lax.dynamic_slice_in_dim(self.limit, start, size, axis=1)
-        mask = jnp.arange(self.keys.shape[-2])[None, None, :] <= limit[:, :, None]
-        if self.segments is None:
-            return mask
-        own = jax.lax.dynamic_slice_in_dim(self.segments[0], start, size, axis=1)
-        return mask & (own[:, :, None] == self.segments[1][:, None, :])
+_MASKED = -1e30  # finite, so that padding that sees nothing stays finite
+_KEYS = (512, 384, 320, 256)  # sizes of a key tile: what pads a length least, the largest first
+_SCORES = 1 << 27  # scores of all rows that are worked on at a time, on an accelerator
 
 
-def _merge(x: Float[Array, "B K G T X"]) -> Float[Array, "B K GT X"]:
-    """G and T as one axis. With B = T = 1 JAX cannot tell which axis was split, hence the spec."""
-    b, kv, groups, size, last = x.shape
-    split = out_spec("batch", "kv_heads", None, None)
-    return jax.lax.reshape(x, (b, kv, groups * size, last), out_sharding=split)
+class _Tiles(NamedTuple):
+    """Static sizes: queries, own keys and prefix keys of a tile."""
+
+    queries: int
+    keys: int
+    prefix: int
 
 
-def _block(q: Float[Array, "B K G T H"], sources: tuple[Source, ...], start: int | Array):
-    """One query block; returns [B, K, G, T, H]."""
-    b, kv, groups, size, dim = q.shape
-    rows = _merge(q)
-    scores = []
-    for source in sources:
-        keys = "bksh" if source.keys.ndim == 4 else "ksh"
-        score = jnp.einsum(
-            f"bkxh,{keys}->bkxs", rows, source.keys, preferred_element_type=jnp.float32
-        ).reshape(b, kv, groups, size, -1)
-        mask = source.visible(start, size)[:, None, None]
-        scores.append(jnp.where(mask, score * dim**-0.5, _MASKED))
-    highest = scores[0].max(-1, keepdims=True)
-    for score in scores[1:]:
-        highest = jnp.maximum(highest, score.max(-1, keepdims=True))
-    highest = jax.lax.stop_gradient(highest)
-    out, total = 0.0, 0.0
-    for source, score in zip(sources, scores, strict=True):
-        weights = jnp.exp(score - highest)
-        total = total + weights.sum(-1, keepdims=True)
-        values = "bksh" if source.values.ndim == 4 else "ksh"
-        flat = _merge(weights.astype(q.dtype))
-        part = jnp.einsum(
-            f"bkxs,{values}->bkxh", flat, source.values, preferred_element_type=jnp.float32
-        )
-        out = out + part.reshape(b, kv, groups, size, dim)
-    return (out / total).astype(q.dtype)
+class _Rows(NamedTuple):
+    """What belongs to one row, or with a leading axis to several."""
+
+    q: Float[Array, "blocks K G Q H"]
+    k: Float[Array, "K S H"]
+    v: Float[Array, "K S H"]
+    query_segments: Int[Array, "blocks Q"]
+    key_segments: Int[Array, " S"]
+    shared: Int[Array, "blocks Q"]
+
+
+class _Common(NamedTuple):
+    """What all rows share: the prefix, and how many of its tiles anyone sees."""
+
+    keys: Float[Array, "K P H"]
+    values: Float[Array, "K P H"]
+    tiles: Int[Array, ""]
 
 
 def attention(
-    q: Float[Array, "B T N H"], sources: tuple[Source, ...], *, block: int = 512
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention of `q` over all `sources`, softmax in float32.
-
-    Query head n reads key/value head n // (N / K). `block` bounds the number of query positions
-    whose scores exist at one time (forward and backward).
-    """
-    b, t, n, h = q.shape
-    kv = sources[0].keys.shape[-3]
-    grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
-    if t <= block:
-        out = _block(grouped, sources, 0)
-    elif t % block:
-        # Pad the queries to whole blocks; the padding sees nothing and is cut off again.
-        extra = -t % block
-        padded = tuple(source.pad_queries(extra) for source in sources)
-        q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
-        return attention(q, padded, block=block)[:, :t]
-    else:
-        one = jax.checkpoint(
-            lambda start: _block(
-                jax.lax.dynamic_slice_in_dim(grouped, start, block, axis=3), sources, start
-            )
-        )
-        parts = jax.lax.map(one, jnp.arange(0, t, block))  # [blocks, B, K, G, block, H]
-        out = parts.transpose(1, 2, 3, 0, 4, 5).reshape(b, kv, n // kv, t, h)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
-
-
-def cached_attention(
     q: Float[Array, "B T N H"],
-    own: tuple[Float[Array, "L slots S K H"], Float[Array, "L slots S K H"]],
-    bank: tuple[Float[Array, "L M P K H"], Float[Array, "L M P K H"]],
-    layer: Int[Array, ""],
-    column: Int[Array, "B T"],
-    shared: Int[Array, " B"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    segments: Int[Array, "B T"],
+    prefix: tuple[Float[Array, "K P H"], Float[Array, "K P H"]] | None = None,
+    shared: Int[Array, "B T"] | None = None,
     *,
-    slot: Int[Array, " B"] | None,
-    group: Int[Array, ""] | None,
-    blocks: tuple[Int[Array, ""], Int[Array, ""]],
-    block: tuple[int, int],
+    block: int = 256,
 ) -> Float[Array, "B T N H"]:
-    """Attention of new tokens to a shared prefix and to their slot's cache, of one layer.
+    """Grouped-query attention, softmax in float32, scores scaled by H ** -0.5.
 
-    Query t of row b sees the first shared[b] positions of its prefix and the columns up to
-    column[b, t] of its slot. Only the first `blocks` key blocks of each are read. The softmax is
-    carried from block to block: a block in which a row sees nothing adds exact zeros to it, so a
-    row's result is the same to the bit however far the longest row reaches. All arrays are local
-    (inside `shard_map`).
-
-    Args:
-      slot: the slot of each row; None: row b is slot b, and the cache is read in place.
-      group: the prefix that all rows read; None: row b reads prefix b % M, and B is a multiple of
-        M. Either way each prefix is read once for all its rows.
-      blocks, block: number of key blocks to read and their size, for (cache, bank).
+    Query head n reads key/value head n // (N / K). Token t of row b sees the columns up to t whose
+    segment id is its own, and the first shared[b, t] positions of the prefix. The prefix carries no
+    gradient. `block`: queries of a tile.
     """
+    if prefix is None:
+        none = jnp.zeros((k.shape[1], 0, k.shape[3]), k.dtype)
+        prefix, shared = (none, none), jnp.zeros_like(segments)
+    prefix = jax.lax.stop_gradient(prefix)
+    return _attend(block, q, k, v, segments, *prefix, shared)
+
+
+def _tile(length: int) -> int:
+    """Keys of a tile for so many keys."""
+    if length <= _KEYS[0]:
+        return max(length, 1)
+    return min(_KEYS, key=lambda size: (length + -length % size, -size))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(block: int, *inputs: Array) -> Array:
+    return _on_devices(partial(_forward, block), inputs, "qs")[0]
+
+
+def _attend_forward(block: int, *inputs: Array):
+    out, lse = _on_devices(partial(_forward, block), inputs, "qs")
+    # Named, so that a layer that keeps them does not run its attention again.
+    out, lse = checkpoint_name(out, "attended"), checkpoint_name(lse, "lse")
+    return out, (*inputs, out, lse)
+
+
+def _attend_backward(block: int, saved: tuple[Array, ...], d_out: Array):
+    gradients = _on_devices(partial(_backward, block), (*saved, d_out), "qkk")
+    return (*gradients, None, None, None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _on_devices(function, arrays: tuple[Array, ...], returns: str):
+    """Call on the local rows and heads of each device of the mesh in context.
+
+    Neither needs another's; `returns` names the layout of each result.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arrays)
+    layouts = {
+        "q": P("fsdp", None, "tp", None),  # [B, T, N, H]
+        "k": P("fsdp", "tp", None, None),  # [B, K, T, H]
+        "s": P("fsdp", None, "tp"),  # [B, T, N]
+        "r": P("fsdp", None),  # [B, T]
+        "p": P("tp", None, None),  # [K, P, H]
+    }
+    inputs = "qkkrppr" + "qsq"  # as `attention` takes them; output, log-sum-exp and its gradient
+    specs = tuple(layouts[letter] for letter in inputs[: len(arrays)])
+    arrays = tuple(jax.reshard(x, at) for x, at in zip(arrays, specs, strict=True))
+    out = tuple(layouts[letter] for letter in returns)
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+
+
+# --- one device -----------------------------------------------------------------------------------
+
+
+def _cut(block: int, q, k, v, segments, keys, values, shared) -> tuple[_Tiles, _Rows, _Common]:
+    """Everything in tiles: queries padded to whole ones, keys as well."""
     b, t, n, h = q.shape
-    kv = own[0].shape[3]
-    lanes = bank[0].shape[1] if group is None else 1
-    # [B, K, G T, H], rows of one prefix in a column of [B / lanes, lanes]
-    rows = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
-    lined = rows.reshape(b // lanes, lanes, kv, -1, h)
+    kv = k.shape[1]
+    tiles = _Tiles(min(block, t), _tile(t), _tile(keys.shape[1]))
+    more, extra = -t % tiles.queries, -t % tiles.keys
+    q = _queries(tiles, q, kv)
 
-    def own_piece(cache: Array, index: Array) -> Float[Array, "B block K H"]:
-        if slot is None:
-            start = (layer, 0, index * block[0], 0, 0)
-            return jax.lax.dynamic_slice(cache, start, (1, b, block[0], kv, h))[0]
-        columns = index * block[0] + jnp.arange(block[0])
-        return cache.at[layer, slot[:, None], columns[None, :]].get(mode="clip")
+    def blocks(x: Array, filler: int) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, more)), constant_values=filler)
+        return padded.reshape(b, -1, tiles.queries)
 
-    def bank_piece(cache: Array, index: Array) -> Float[Array, "lanes block K H"]:
-        first = 0 if group is None else group
-        start = (layer, first, index * block[1], 0, 0)
-        return jax.lax.dynamic_slice(cache, start, (1, lanes, block[1], kv, h))[0]
+    rows = _Rows(
+        q,
+        *(jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v)),
+        blocks(segments, -1),
+        jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-2),
+        blocks(shared, 0),
+    )
+    behind = -keys.shape[1] % tiles.prefix
+    common = _Common(
+        *(jnp.pad(x, ((0, 0), (0, behind), (0, 0))) for x in (keys, values)),
+        -(-shared.max() // tiles.prefix),
+    )
+    return tiles, rows, common
 
-    def fold(carry, scores, seen, weigh):
-        """One block into the running softmax: scores [B, K, GT, s], seen [B, T or 1, s]."""
-        highest, total, out = carry
-        wide = scores.reshape(b, kv, n // kv, t, -1)
-        wide = jnp.where(seen[:, None, None], wide * h**-0.5, _MASKED)
-        scores = wide.reshape(scores.shape)
-        top = jnp.maximum(highest, scores.max(-1))
-        keep = jnp.exp(highest - top)
-        weights = jnp.exp(scores - top[..., None])
-        part = weigh(weights.astype(q.dtype))
-        return top, total * keep + weights.sum(-1), out * keep[..., None] + part
 
-    def see_bank(index: Array, carry):
-        keys, values = (bank_piece(side, index) for side in bank)
-        scores = jnp.einsum("jmkxh,mskh->jmkxs", lined, keys, preferred_element_type=jnp.float32)
-        seen = index * block[1] + jnp.arange(block[1])[None, None, :] < shared[:, None, None]
+def _queries(tiles: _Tiles, x: Float[Array, "B T N *H"], kv: int) -> Array:
+    """[B, T, N, ...] -> [B, blocks, K, G, Q, ...], padded."""
+    b, t, n, *rest = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -t % tiles.queries), *[(0, 0)] * (x.ndim - 2)))
+    x = x.reshape(b, -1, tiles.queries, kv, n // kv, *rest)
+    return jnp.moveaxis(x, 2, 4)
 
-        def weigh(weights: Array) -> Array:
-            lined_up = weights.reshape(b // lanes, lanes, kv, -1, block[1])
-            part = jnp.einsum(
-                "jmkxs,mskh->jmkxh", lined_up, values, preferred_element_type=jnp.float32
-            )
-            return part.reshape(rows.shape)
 
-        return fold(carry, scores.reshape(b, kv, -1, block[1]), seen, weigh)
+def _back(x: Array, length: int) -> Array:
+    """What `_queries` did, undone."""
+    x = jnp.moveaxis(x, 4, 2)
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]
 
-    def see_own(index: Array, carry):
-        keys, values = (own_piece(side, index) for side in own)
-        scores = jnp.einsum("bkxh,bskh->bkxs", rows, keys, preferred_element_type=jnp.float32)
-        seen = index * block[0] + jnp.arange(block[0])[None, None, :] <= column[:, :, None]
 
-        def weigh(weights: Array) -> Array:
-            return jnp.einsum(
-                "bkxs,bskh->bkxh", weights, values, preferred_element_type=jnp.float32
-            )
+def _over_rows(function, tiles: _Tiles, rows: tuple):
+    """Map over rows: one by one on a CPU, whose caches hold a tile; many at once elsewhere."""
+    heads = rows[0].shape[2] * rows[0].shape[3]
+    many = max(1, _SCORES // (heads * tiles.queries * max(tiles.keys, tiles.prefix)))
 
-        return fold(carry, scores, seen, weigh)
+    def one_by_one(*rows):
+        return jax.lax.map(lambda row: function(*row), rows)
 
-    zero = jnp.zeros_like(rows, jnp.float32)
-    carry = (jnp.full_like(zero[..., 0], _MASKED), zero[..., 0], zero)
-    if bank[0].shape[2]:
-        carry = jax.lax.fori_loop(0, blocks[1], see_bank, carry)
-    _, total, out = jax.lax.fori_loop(0, blocks[0], see_own, carry)
-    out = (out / total[..., None]).astype(q.dtype)
-    return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    def together(*rows):
+        return jax.lax.map(lambda row: function(*row), rows, batch_size=many)
+
+    if rows[0].shape[0] == 1:
+        return one_by_one(*rows)
+    return jax.lax.platform_dependent(*rows, cpu=one_by_one, default=together)
+
+
+def _piece(x: Array, index: Array, size: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _scores(q: Float[Array, "K G Q H"], keys: Float[Array, "K s H"], seen: Array) -> Array:
+    """Scaled scores [K, G, Q, s] in float32."""
+    score = jnp.einsum("kgqh,ksh->kgqs", q, keys, preferred_element_type=jnp.float32)
+    return jnp.where(seen, score * q.shape[-1] ** -0.5, _MASKED)
+
+
+class _Sees(NamedTuple):
+    """Of one query tile: what it may see, and how many own key tiles it reaches."""
+
+    tiles: _Tiles
+    index: Array
+    segments: Int[Array, " Q"]
+    key_segments: Int[Array, " S"]
+    shared: Int[Array, " Q"]
+
+    def prefix(self, tile: Array) -> Array:
+        place = tile * self.tiles.prefix + jnp.arange(self.tiles.prefix)
+        return place[None, :] < self.shared[:, None]
+
+    def own(self, tile: Array) -> Array:
+        query = self.index * self.tiles.queries + jnp.arange(self.tiles.queries)
+        place = tile * self.tiles.keys + jnp.arange(self.tiles.keys)
+        theirs = _piece(self.key_segments, tile, self.tiles.keys, 0)
+        return (place[None, :] <= query[:, None]) & (self.segments[:, None] == theirs[None, :])
+
+    @property
+    def own_tiles(self) -> Array:
+        reach = -(-((self.index + 1) * self.tiles.queries) // self.tiles.keys)
+        return jnp.minimum(reach, self.key_segments.shape[0] // self.tiles.keys)
+
+
+def _forward(block: int, *inputs: Array) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Output and log-sum-exp of the scores."""
+    tiles, rows, common = _cut(block, *inputs)
+
+    def row(*parts: Array):
+        whole = _Rows(*parts)
+
+        def tile(numbered):
+            index, q, segments, shared = numbered
+            sees = _Sees(tiles, index, segments, whole.key_segments, shared)
+
+            def fold(carry, keys, values, seen):
+                highest, total, out = carry
+                score = _scores(q, keys, seen)
+                top = jnp.maximum(highest, score.max(-1))
+                keep, weights = jnp.exp(highest - top), jnp.exp(score - top[..., None])
+                part = jnp.einsum(
+                    "kgqs,ksh->kgqh",
+                    weights.astype(values.dtype),
+                    values,
+                    preferred_element_type=jnp.float32,
+                )
+                return top, total * keep + weights.sum(-1), out * keep[..., None] + part
+
+            def see_prefix(i, carry):
+                pair = (_piece(x, i, tiles.prefix, 1) for x in common[:2])
+                return fold(carry, *pair, sees.prefix(i))
+
+            def see_own(i, carry):
+                pair = (_piece(x, i, tiles.keys, 1) for x in (whole.k, whole.v))
+                return fold(carry, *pair, sees.own(i))
+
+            zero = jnp.zeros(q.shape, jnp.float32)
+            carry = (jnp.full(q.shape[:-1], _MASKED, jnp.float32), zero[..., 0], zero)
+            if common.keys.shape[1]:
+                carry = jax.lax.fori_loop(0, common.tiles, see_prefix, carry)
+            top, total, out = jax.lax.fori_loop(0, sees.own_tiles, see_own, carry)
+            return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+        numbers = jnp.arange(whole.q.shape[0])
+        return jax.lax.map(tile, (numbers, whole.q, whole.query_segments, whole.shared))
+
+    length = inputs[0].shape[1]
+    return tuple(_back(x, length) for x in _over_rows(row, tiles, rows))
+
+
+def _backward(block: int, *saved: Array) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v."""
+    *inputs, out, lse, d_out = saved
+    tiles, rows, common = _cut(block, *inputs)
+    kv = inputs[1].shape[1]
+    wide = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    rest = tuple(_queries(tiles, x, kv) for x in (lse, wide, d_out))
+
+    def row(*parts: Array):
+        whole, (lse, wide, d_out) = _Rows(*parts[:6]), parts[6:]
+
+        def tile(carry, numbered):
+            index, q, segments, shared, lse, wide, d_out = numbered
+            sees = _Sees(tiles, index, segments, whole.key_segments, shared)
+
+            def score_gradient(keys, values, seen):
+                weights = jnp.exp(_scores(q, keys, seen) - lse[..., None])
+                up = jnp.einsum("kgqh,ksh->kgqs", d_out, values, preferred_element_type=jnp.float32)
+                change = weights * (up - wide[..., None]) * q.shape[-1] ** -0.5
+                change = change.astype(q.dtype)
+                part = jnp.einsum(
+                    "kgqs,ksh->kgqh", change, keys, preferred_element_type=jnp.float32
+                )
+                return weights, change, part
+
+            def see_prefix(i, d_q):
+                pair = (_piece(x, i, tiles.prefix, 1) for x in common[:2])
+                return d_q + score_gradient(*pair, sees.prefix(i))[2]
+
+            def see_own(i, carry):
+                d_q, d_k, d_v = carry
+                pair = (_piece(x, i, tiles.keys, 1) for x in (whole.k, whole.v))
+                weights, change, part = score_gradient(*pair, sees.own(i))
+
+                def add(total: Array, weight: Array, side: Array) -> Array:
+                    new = jnp.einsum(
+                        "kgqs,kgqh->ksh", weight, side, preferred_element_type=jnp.float32
+                    )
+                    new += _piece(total, i, tiles.keys, 1)
+                    return jax.lax.dynamic_update_slice_in_dim(total, new, i * tiles.keys, 1)
+
+                weights = weights.astype(d_out.dtype)
+                return d_q + part, add(d_k, change, q), add(d_v, weights, d_out)
+
+            d_q = jnp.zeros(q.shape, jnp.float32)
+            if common.keys.shape[1]:
+                d_q = jax.lax.fori_loop(0, common.tiles, see_prefix, d_q)
+            d_q, *carry = jax.lax.fori_loop(0, sees.own_tiles, see_own, (d_q, *carry))
+            return tuple(carry), d_q.astype(q.dtype)
+
+        zero = jnp.zeros(whole.k.shape, jnp.float32)
+        numbers = jnp.arange(whole.q.shape[0])
+        inputs = (numbers, whole.q, whole.query_segments, whole.shared, lse, wide, d_out)
+        (d_k, d_v), d_q = jax.lax.scan(tile, (zero, zero), inputs)
+        return d_q, d_k.astype(whole.k.dtype), d_v.astype(whole.v.dtype)
+
+    length = inputs[0].shape[1]
+    d_q, d_k, d_v = _over_rows(row, tiles, (*rows, *rest))
+    return _back(d_q, length), d_k[:, :, :length], d_v[:, :, :length]

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from oel_jax.lm.attention import Source, attention
+from oel_jax.lm.attention import attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.rope import cos_sin, rotate
 from oel_jax.parallel.mesh import constrain, out_spec, shardings
@@ -29,7 +29,7 @@ Params = dict[str, Any]
 # What a layer keeps for the backward pass: everything, the results of its matrix products (norms,
 # rotations, attention weights and the gate are computed again), or its input alone.
 REMAT = ("none", "products", "layer")
-_PRODUCTS = ("q", "k", "v", "attended", "o", "gate", "up")
+_PRODUCTS = ("q", "k", "v", "attended", "lse", "o", "gate", "up")
 
 _BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
     "attn_norm": (None,),
@@ -115,7 +115,6 @@ class Block(nnx.Module):
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
         q, k = rotate(q, *rope), rotate(k, *rope)
         out, kept = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        out = checkpoint_name(out, "attended")
         rows = out_spec("batch", None, None)
         mixed = jnp.einsum(
             "btnh,nhd->btd", out, constrain(self.o[...], "heads", None, None), out_sharding=rows
@@ -218,7 +217,7 @@ def forward(
     *,
     prefix: Prefix | None = None,
     remat: str = "none",
-    block: int = 512,
+    block: int = 256,
     with_cache: bool = False,
 ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KeyValues]:
     """Hidden states after the final norm, in the dtype of `params`.
@@ -234,17 +233,15 @@ def forward(
       with_cache: also return the keys and values of all layers, [L, B, K, T, H].
     """
     rope = cos_sin(cfg, positions)
-    columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def body(x: Array, layer: tuple[Params, Any]):
         weights, shared = layer
 
         def attend(q: Array, k: Array, v: Array):
-            sources = [Source(k, v, columns, (segments, segments))]
-            if shared is not None:
-                sources.append(Source(shared.keys, shared.values, prefix.length - 1))
+            known = None if shared is None else (shared.keys, shared.values)
+            length = None if shared is None else prefix.length
             kept = KeyValues(k, v) if with_cache else None
-            return attention(q, tuple(sources), block=block), kept
+            return attention(q, k, v, segments, known, length, block=block), kept
 
         return run_block(cfg, weights, x, rope, attend)
 

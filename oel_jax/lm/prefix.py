@@ -44,7 +44,7 @@ def encode_prefix(
     ids: Sequence[int],
     *,
     width: int,
-    block: int = 512,
+    block: int = 256,
 ) -> KeyValues:
     """Keys and values of `ids` at positions 0.., [L, K, width, H]; those behind mean nothing.
 

@@ -1,10 +1,10 @@
 """Host side of the sampler: requests go in, completions come out, slots refill as they free up."""
 
-import hashlib
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import Params
 from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length
+from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.sampling import Sampling
 from oel_jax.lm.slots import (
     Admission,
@@ -26,51 +27,6 @@ from oel_jax.lm.slots import (
     put_prefix,
 )
 from oel_jax.parallel.mesh import device_bytes, put_batch
-
-
-def request_key(*parts: object) -> np.ndarray:
-    """Raw threefry key [2] uint32 that depends on `parts` alone (purpose, round, seed, turn ...).
-
-    The token index is folded in on the device (spec section 5 [D]).
-    """
-    text = "\x1f".join(str(part) for part in parts)
-    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32).copy()
-
-
-@dataclass(frozen=True)
-class Request:
-    """One generation: prompt ids, random key and budget; `tag` is handed back untouched.
-
-    Attributes:
-      prefix: ids that many prompts begin with (a knowledge text in its template). They are encoded
-        once and read by all; a prompt that shares only a part of them uses that part. The same
-        tuple must come with all these requests. () : none.
-      session: a conversation. What its next prompt has in common with its last one stays in the
-        slot and is not encoded again. None: the prompt stands alone.
-    """
-
-    prompt: Sequence[int]
-    key: np.ndarray
-    max_new: int
-    tag: Any = None
-    prefix: tuple[int, ...] = ()
-    session: Hashable = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated.
-
-    Attributes:
-      ids: response ids, the stop token included.
-      log_probs: float32 [len(ids)], at the sampling temperature before top-k and top-p.
-      stopped: a stop token ended it (False: the budget did).
-    """
-
-    tag: Any
-    ids: list[int]
-    log_probs: np.ndarray
-    stopped: bool
 
 
 @dataclass
@@ -113,6 +69,27 @@ class _Entry:
         return self.own[self.start : -1]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A piece of an entry's missing ids, from number `first` on."""
+
+    entry: _Entry
+    first: int
+    ids: Sequence[int]
+
+    @property
+    def slot(self) -> int:
+        return self.entry.slot
+
+    @property
+    def size(self) -> int:
+        """Tokens that it is padded to."""
+        return padded_length(len(self.ids))
+
+
+_InSlot = TypeVar("_InSlot", _Entry, _Part)
+
+
 class Sampler:
     """A fixed set of slots on a mesh.
 
@@ -146,7 +123,7 @@ class Sampler:
         prefill_chunk: int = 512,
         longest_prefix: int = 0,
         prefixes: int = 1,
-        block: int = 512,
+        block: int = 256,
         overlap: bool = False,
         draft: int = 0,
     ):
@@ -284,11 +261,9 @@ class Sampler:
     def _fill(self, params: Params) -> None:
         """Put as many pending requests as possible into slots and encode their prompts."""
         entries = self._continue() + self._begin(params)
-        for batch in self._batches(entries):
-            self._encode(params, batch)
+        self._encode(params, entries)
         self._copy([entry for entry in entries if entry.source >= 0])
-        rows = self.prefill_rows // self._devices
-        for batch in self._rows_of(entries, rows):
+        for batch in self._rows_of(entries):
             self._admit(batch)
 
     @property
@@ -392,20 +367,10 @@ class Sampler:
         self._prefixes[lane] = prefix
         self.encoded += len(prefix)
 
-    def _batches(self, entries: Sequence[_Entry]) -> list[list[_Entry]]:
-        """Entries that can be encoded together: one lane, equal number of pieces and padding."""
-        shapes: dict[tuple, list[_Entry]] = defaultdict(list)
-        for entry in entries:
-            if entry.missing and entry.source < 0:
-                whole, rest = divmod(len(entry.missing), self.prefill_chunk)
-                lane = self._lane(entry.slot) if entry.shared else -1
-                shapes[lane, whole, padded_length(rest) if rest else 0].append(entry)
+    def _rows_of(self, entries: Sequence[_InSlot]) -> list[list[_InSlot]]:
+        """Batches with at most `prefill_rows` entries, equally many rows for each device."""
         rows = self.prefill_rows // self._devices
-        return [batch for some in shapes.values() for batch in self._rows_of(some, rows)]
-
-    def _rows_of(self, entries: Sequence[_Entry], rows: int) -> list[list[_Entry]]:
-        """Batches with at most `rows` entries for each device."""
-        waiting: list[list[_Entry]] = [[] for _ in range(self._devices)]
+        waiting: list[list[_InSlot]] = [[] for _ in range(self._devices)]
         for entry in entries:
             waiting[entry.slot // self._per_device].append(entry)
         count = max((-(-len(some) // rows) for some in waiting), default=0)
@@ -414,7 +379,7 @@ class Sampler:
             for i in range(count)
         ]
 
-    def _places(self, batch: Sequence[_Entry]) -> list[int]:
+    def _places(self, batch: Sequence[_InSlot]) -> list[int]:
         """The row of each entry: rows of its slot's device."""
         rows = self.prefill_rows // self._devices
         used = [0] * self._devices
@@ -425,25 +390,43 @@ class Sampler:
             used[device] += 1
         return places
 
-    def _encode(self, params: Params, batch: Sequence[_Entry]) -> None:
-        """Write the missing prompt tokens of a batch into its slots, piece by piece."""
-        whole, rest = divmod(len(batch[0].missing), self.prefill_chunk)
-        sizes = [self.prefill_chunk] * whole + ([padded_length(rest)] if rest else [])
-        places, rows = self._places(batch), self.prefill_rows
-        for number, size in enumerate(sizes):
-            tokens = np.zeros((rows, size), np.int32)
-            length, column, shared = (np.zeros(rows, np.int32) for _ in range(3))
-            slot = np.full(rows, self._per_device, np.int32)
-            for row, entry in zip(places, batch, strict=True):
-                first = number * self.prefill_chunk
-                piece = entry.missing[first : first + self.prefill_chunk]
-                tokens[row, : len(piece)] = piece
-                length[row], column[row] = len(piece), entry.start + first
-                slot[row], shared[row] = entry.slot % self._per_device, entry.shared
-                self.encoded += len(piece)
-            arrays = put_batch(self.mesh, (tokens, length, column, slot, shared))
-            group = np.int32(self._lane(batch[0].slot))
-            self._state = extend(self.cfg, params, self._state, Piece(*arrays, group))
+    def _encode(self, params: Params, entries: Sequence[_Entry]) -> None:
+        """Write the missing prompt tokens into the slots, piece by piece.
+
+        Each prompt is cut by its own length: whole chunks, then the padded rest. A wave takes the
+        next piece of all; pieces of one size travel together however long their prompts are.
+        """
+        cut = [self._pieces(entry) for entry in entries if entry.source < 0]
+        for wave in zip_longest(*cut):
+            sizes: dict[tuple[int, int], list[_Part]] = defaultdict(list)
+            for part in wave:
+                if part is not None:
+                    lane = self._lane(part.slot) if part.entry.shared else -1
+                    sizes[lane, part.size].append(part)
+            for (lane, size), parts in sizes.items():
+                for batch in self._rows_of(parts):
+                    self._write(params, batch, size, max(lane, 0))
+
+    def _pieces(self, entry: _Entry) -> list[_Part]:
+        chunk, missing = self.prefill_chunk, entry.missing
+        return [
+            _Part(entry, first, missing[first : first + chunk])
+            for first in range(0, len(missing), chunk)
+        ]
+
+    def _write(self, params: Params, batch: Sequence[_Part], size: int, lane: int) -> None:
+        """One dispatch: pieces of prompts, padded to `size`, into their slots."""
+        rows = self.prefill_rows
+        tokens = np.zeros((rows, size), np.int32)
+        length, column, shared = (np.zeros(rows, np.int32) for _ in range(3))
+        slot = np.full(rows, self._per_device, np.int32)
+        for row, part in zip(self._places(batch), batch, strict=True):
+            tokens[row, : len(part.ids)] = part.ids
+            length[row], column[row] = len(part.ids), part.entry.start + part.first
+            slot[row], shared[row] = part.slot % self._per_device, part.entry.shared
+            self.encoded += len(part.ids)
+        arrays = put_batch(self.mesh, (tokens, length, column, slot, shared))
+        self._state = extend(self.cfg, params, self._state, Piece(*arrays, np.int32(lane)))
 
     def _copy(self, entries: Sequence[_Entry]) -> None:
         """Equal prompts are encoded once: the others copy them."""
@@ -453,7 +436,7 @@ class Sampler:
                 width = min(padded_length(len(entry.missing)), self._state.cache.keys.shape[2])
                 longest[width].append(entry)
         for width, some in longest.items():
-            for batch in self._rows_of(some, self.prefill_rows // self._devices):
+            for batch in self._rows_of(some):
                 source, target = (
                     np.full(self.prefill_rows, self._per_device, np.int32) for _ in range(2)
                 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from oel_jax.lm.attention import cached_attention
+from oel_jax.lm.cached_attention import cached_attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.draft import kept, propose
 from oel_jax.lm.model import KeyValues, Params, embed, rms_norm, run_block, unembed

@@ -17,7 +17,8 @@ from oel_jax import games, prompts
 from oel_jax.errors import UserError
 from oel_jax.games import NO_ACTION, parse_action
 from oel_jax.lm.language_model import load_model
-from oel_jax.lm.sampler import Request, Sampler, request_key
+from oel_jax.lm.requests import Request, request_key
+from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.nano import vocabulary
 from oel_jax.nano.players import AnyWorld, begin
