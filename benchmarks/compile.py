@@ -31,7 +31,7 @@ from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import KeyValues, abstract_params, param_shardings
 from oel_jax.lm.sampling import Sampling
-from oel_jax.lm.slots import Piece, SlotState, decode, empty_state, extend
+from oel_jax.lm.slots import Piece, SlotState, abstract_state, decode, extend
 from oel_jax.parallel.mesh import make_mesh, spec
 
 
@@ -77,8 +77,8 @@ class Abstract:
     def state(self) -> SlotState:
         """The sampler's slots."""
         o = self.options
-        kind = {"dtype": jnp.bfloat16, "shared": o.knowledge, "abstract": True}
-        return empty_state(self.cfg, self.mesh, o.slots, o.context, o.response, **kind)
+        sizes = (o.slots, o.context, o.response)
+        return abstract_state(self.cfg, self.mesh, *sizes, jnp.bfloat16, shared=o.knowledge)
 
     def micro_batch(self) -> tuple[KeyValues, MicroBatch]:
         """One row a device, and the cached knowledge that the teacher reads."""

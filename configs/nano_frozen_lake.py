@@ -33,6 +33,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.sampler.prefill_rows = 16
     c.sampler.decode_steps = 8
     c.sampler.overlap = False  # on a CPU host and device are the same cores
+    c.sampler.prefill_chunk = 64  # prompts of many lengths then travel together
     c.sampler.max_prompt = 384  # usually below 100 tokens; 358 after two unreadable answers
     c.sampler.max_response = 48  # the longest answers are about 45 tokens
 

@@ -33,6 +33,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.sampler.prefill_rows = 16
     c.sampler.decode_steps = 8
     c.sampler.overlap = False  # on a CPU host and device are the same cores
+    c.sampler.prefill_chunk = 64  # prompts of many lengths then travel together
     c.sampler.max_prompt = 384  # five boards are about 130 tokens; knowledge comes before them
     c.sampler.max_response = 64  # the longest answers are about 50 tokens
 

@@ -106,7 +106,7 @@ def cache_block(length: int) -> int:
     return 64 if length <= 2048 else 256
 
 
-def empty_state(
+def abstract_state(
     cfg: ModelConfig,
     mesh: jax.sharding.Mesh,
     slots: int,
@@ -117,62 +117,42 @@ def empty_state(
     groups: int = 1,
     shared: int = 0,
     drafting: bool = False,
-    abstract: bool = False,
 ) -> SlotState:
-    """All slots free; caches are created in their sharded places, lengths rounded up to blocks.
-
-    `abstract`: only shapes and shardings, to compile for devices that are not at hand.
-    """
+    """Shapes and shardings of all slots; cache lengths are rounded up to whole blocks."""
     length += -length % cache_block(length)
     shared += -shared % cache_block(shared)
     heads = (cfg.num_kv_heads, cfg.head_dim)
-    shape = (cfg.num_layers, slots, length, *heads)
-    common = (cfg.num_layers, groups, shared, *heads)
     rows, wide = spec("batch"), spec("batch", None)
-    specs = SlotState(
-        cache=KeyValues(_CACHE, _CACHE),
-        bank=KeyValues(_BANK, _BANK),
-        token=rows,
-        column=rows,
-        shared=rows,
-        key=wide,
-        count=rows,
-        budget=rows,
-        done=rows,
-        response=wide,
-        log_prob=wide,
-        ids=wide,
-        drafts=P(),
+
+    def array(where: P, kind, *shape: int) -> jax.ShapeDtypeStruct:
+        place = jax.sharding.NamedSharding(mesh, where)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+    cache = array(_CACHE, dtype, cfg.num_layers, slots, length, *heads)
+    bank = array(_BANK, dtype, cfg.num_layers, groups, shared, *heads)
+    number = array(rows, jnp.int32, slots)
+    return SlotState(
+        cache=KeyValues(cache, cache),
+        bank=KeyValues(bank, bank),
+        token=number,
+        column=number,
+        shared=number,
+        key=array(wide, jnp.uint32, slots, 2),
+        count=number,
+        budget=number,
+        done=array(rows, jnp.bool_, slots),
+        response=array(wide, jnp.int32, slots, response),
+        log_prob=array(wide, jnp.float32, slots, response),
+        ids=array(wide, jnp.int32, slots, length if drafting else 0),
+        drafts=array(P(), jnp.int32, 2),
     )
 
-    def make() -> SlotState:
-        ints = jnp.zeros(slots, jnp.int32)
-        return SlotState(
-            cache=KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
-            bank=KeyValues(jnp.zeros(common, dtype), jnp.zeros(common, dtype)),
-            token=ints,
-            column=ints,
-            shared=ints,
-            key=jnp.zeros((slots, 2), jnp.uint32),
-            count=ints,
-            budget=ints,
-            done=jnp.ones(slots, bool),
-            response=jnp.zeros((slots, response), jnp.int32),
-            log_prob=jnp.zeros((slots, response), jnp.float32),
-            ids=jnp.zeros((slots, length if drafting else 0), jnp.int32),
-            drafts=jnp.zeros(2, jnp.int32),
-        )
 
-    places = jax.tree.map(
-        lambda s: jax.sharding.NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P)
-    )
-    if abstract:
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            jax.eval_shape(make),
-            places,
-        )
-    return jax.jit(make, out_shardings=places)()
+def empty_state(*sizes, **more) -> SlotState:
+    """All slots free, created in their sharded places; arguments as of `abstract_state`."""
+    shapes = abstract_state(*sizes, **more)
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
+    return replace(state, done=jnp.ones_like(state.done))
 
 
 def _per_device(function, in_specs, out_specs):
