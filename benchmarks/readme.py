@@ -1,4 +1,4 @@
-"""The table of measurements in README.md, made from the records in `benchmarks/results/`.
+"""The tables of measurements in README.md, made from the records in `benchmarks/results/`.
 
     python -m benchmarks.readme [--check]
 
@@ -24,12 +24,11 @@ def rows(results: Path) -> list[str]:
         settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
         cores = f", {record['cores']} cores" if record["device"] == "cpu" else ""
         for bar in record["bars"]:
-            sign = "<=" if bar["most"] else ">="
             verdict = "" if bar["met"] else " (missed)"
             cells = [
                 bar["name"],
                 f"{bar['value']:.2f}{verdict}",
-                f"{sign} {bar['target']:g}",
+                "-" if bar["target"] is None else f"{'<=' if bar['most'] else '>='} {bar['target']:g}",
                 settings,
                 f"{record['device']}{cores}, {record['date']}",
             ]
@@ -37,13 +36,38 @@ def rows(results: Path) -> list[str]:
     return found
 
 
+def compiled(results: Path) -> list[str]:
+    """A Markdown row for each program that was compiled for a device that was not at hand."""
+    found = []
+    for file in sorted(results.glob("compile_*.json")):
+        record = json.loads(file.read_text())
+        settings = record["settings"]
+        where = f"{settings['model']}, {settings['target']}, tp {settings['tp']}"
+        for name, one in record["programs"].items():
+            sizes = (one["argument_bytes"] / 1e9, one["temporary_bytes"] / 1e9)
+            cells = [where, name, f"{one['compile_seconds']:.0f} s", *(f"{n:.2f}" for n in sizes)]
+            found.append("| " + " | ".join(cells) + " |")
+    return found
+
+
 def table(results: Path = RESULTS) -> str:
-    """The whole table."""
+    """What was measured, then what was only compiled."""
     head = [
         "| measured side by side | value | bar | settings | where, when |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *rows(results)])
+    lines = [*head, *rows(results)]
+    if programs := compiled(results):
+        lines += [
+            "",
+            "Compiled ahead of time on two CPU cores for devices that were not at hand (a "
+            "compiler's word, not a measurement; GB per device):",
+            "",
+            "| model, target | program | to compile | arguments GB | temporaries GB |",
+            "|---|---|---|---|---|",
+            *programs,
+        ]
+    return "\n".join(lines)
 
 
 def replaced(text: str, new: str) -> str:

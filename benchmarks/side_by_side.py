@@ -29,15 +29,25 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A number to reach: at least `target`, or at most where `most` is set."""
+    """A number to reach: at least `target`, or at most where `most` is set; None: no bar here."""
 
     name: str
     value: float
-    target: float
+    target: float | None
     most: bool = False
 
     @property
+    def verdict(self) -> str:
+        """The bar, and whether it is met, in words."""
+        if self.target is None:
+            return "(no bar at this setting)"
+        sign = "<=" if self.most else ">="
+        return f"(bar {sign} {self.target:g}): {'met' if self.met else 'MISSED'}"
+
+    @property
     def met(self) -> bool:
+        if self.target is None:
+            return True
         return self.value <= self.target if self.most else self.value >= self.target
 
 
@@ -117,8 +127,7 @@ def finish(
     print()
     print(table(rows, headers))
     for bar in bars:
-        sign, verdict = ("<=" if bar.most else ">="), "met" if bar.met else "MISSED"
-        print(f"{bar.name}: {bar.value:.2f} (bar {sign} {bar.target:g}): {verdict}")
+        print(f"{bar.name}: {bar.value:.2f} {bar.verdict}")
     record = {
         "benchmark": name,
         "device": device(),
