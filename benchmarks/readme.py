@@ -24,11 +24,13 @@ def rows(results: Path) -> list[str]:
         settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
         cores = f", {record['cores']} cores" if record["device"] == "cpu" else ""
         for bar in record["bars"]:
+            sign = "<=" if bar["most"] else ">="
             verdict = "" if bar["met"] else " (missed)"
+            target = "-" if bar["target"] is None else f"{sign} {bar['target']:g}"
             cells = [
                 bar["name"],
                 f"{bar['value']:.2f}{verdict}",
-                "-" if bar["target"] is None else f"{'<=' if bar['most'] else '>='} {bar['target']:g}",
+                target,
                 settings,
                 f"{record['device']}{cores}, {record['date']}",
             ]
