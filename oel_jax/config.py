@@ -14,6 +14,7 @@ import ml_collections
 
 from oel_jax import knowledge, negative_control, prompts
 from oel_jax.config_rules import HELD_OUT_BOARDS, PRESETS, rules
+from oel_jax.distill.choices import nonsense
 from oel_jax.errors import UserError
 
 # Most turns of a game: games.MAX_TURNS, which is out of reach here because the server side, which
@@ -89,8 +90,11 @@ def default() -> ml_collections.ConfigDict:
     e.truncate = "tail"  # beyond l_max keep the newest lines ('tail') or the oldest ('head')
     e.draft_tokens = 0  # tokens drafted from the prompt's own text and verified in each pass
     e.model_path = ""  # extractor model; '' = the policy of the round
+    e.experience = "knowledge"  # or 'raw': whole games in its place, the newest that fit into l_max
+    e.knowledge_from = ""  # workdir of another run whose texts of the same round are used instead
 
     c.consolidate = t = ml_collections.ConfigDict()
+    t.mode = "on_policy"  # or baselines: 'off_policy' (the teacher's games), 'sft' (their text)
     t.steps = 20  # S: optimizer steps per round
     t.learning_rate = 1e-6  # constant, no warm-up
     t.b1 = 0.9  # AdamW, decay of the first moment
@@ -108,9 +112,11 @@ def default() -> ml_collections.ConfigDict:
     t.moments_dtype = "float32"  # AdamW's first moment: 'float32' or 'bfloat16'
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.top_k = 256  # support of the reverse KL: the student's k likeliest tokens
+    c.loss.top_k = 256  # tokens of the support: those likeliest to loss.support
     c.loss.temperature = 0.7  # of both softmaxes
-    c.loss.renorm = False  # renormalise both distributions over the support
+    c.loss.divergence = "reverse"  # KL(student || teacher); or 'forward', 'jsd'
+    c.loss.support = "student"  # whose top k: 'student', 'teacher', 'union', or 'full' vocabulary
+    c.loss.correction = "none"  # mass outside: 'none' leaves it out, 'renorm', 'tail' = one entry
     c.loss.aggregation = "token_mean"  # or 'seq_mean' (paper), 'micro_token_mean' (released)
     c.loss.chunk = 512  # response tokens whose logits exist at the same time
 
@@ -123,6 +129,7 @@ def default() -> ml_collections.ConfigDict:
     v.seed_mode = "independent"  # key per game; 'constant' = one noise stream per seed (released)
     v.unseen_split = True  # second pass rate over boards never met in deployment
     v.in_context = True  # also measure the policy with the round's knowledge in its prompt
+    v.skills = False  # nano models: skills that OEL never trains, of start and consolidated policy
     v.curve = ()  # trajectories after which knowledge is measured in context, e.g. (1, 5, 25)
 
     c.log = ml_collections.ConfigDict()
@@ -138,7 +145,7 @@ ROWS: tuple[tuple[int, str, Any, Any], ...] = (
     (1, "deploy.games_per_step", 64, 128),
     (2, "loss.aggregation", "seq_mean", "micro_token_mean"),
     (3, "loss.temperature", 1.0, 0.7),
-    (3, "loss.renorm", False, False),
+    (3, "loss.correction", "none", "none"),
     (4, "extract.trajectories", "shared", "per_chain"),
     (5, "extract.outcome", "none", "full"),
     (6, "extract.item_marker", "-- EXPERIENCE ITEM:", knowledge.MARKER),
@@ -289,6 +296,18 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
     control, game = config.negative_control, config.game.name
     if control == "foreign_extraction" and game not in negative_control.OTHER_GAME:
         _refuse("negative_control", control, f"another one, since {game!r} has no other game")
+    wrong = nonsense(*(config.loss[n] for n in ("divergence", "support", "correction", "top_k")))
+    if wrong:
+        raise UserError(
+            f"config.loss.divergence={config.loss.divergence!r}, loss.support="
+            f"{config.loss.support!r} and loss.correction={config.loss.correction!r} do not go "
+            f"together: {wrong}"
+        )
+    if e.experience == "raw" and (e.model_path or e.knowledge_from):
+        unused = "model_path" if e.model_path else "knowledge_from"
+        _refuse(f"extract.{unused}", e[unused], "'' with config.extract.experience='raw'")
+    if e.knowledge_from and e.model_path:
+        _refuse("extract.model_path", e.model_path, "'' with config.extract.knowledge_from")
     if e.n > e.n_run:
         _refuse("extract.n", e.n, f"at most config.extract.n_run = {e.n_run}")
     if config.evaluate.curve and config.evaluate.curve[-1] > e.n_run:
@@ -324,11 +343,6 @@ def _remarks(config: ml_collections.ConfigDict) -> list[str]:
         remarks.append(
             f"config.deploy.games_per_step x steps reaches game {last} of a round; from "
             f"{GAMES_PER_ROUND} on, deploy boards of consecutive rounds repeat (spec 3.2)"
-        )
-    if config.loss.renorm and config.loss.top_k == 1:
-        remarks.append(
-            "config.loss.top_k=1 with config.loss.renorm=True makes the loss zero everywhere; use "
-            "a larger config.loss.top_k"
         )
     return remarks
 

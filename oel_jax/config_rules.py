@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from oel_jax.distill.choices import CORRECTIONS, SUPPORTS
 from oel_jax.negative_control import CONTROLS
 
 PRESETS = ("default", "paper", "released")
@@ -149,9 +150,12 @@ def rules() -> dict[str, Rule]:
             "unfinished_thought": _choice("drop", "keep"),
             "truncate": _choice("tail", "head"),
             "model_path": _any_text,
+            "experience": _choice("knowledge", "raw"),
+            "knowledge_from": _any_text,
         },
         "consolidate": {
             **dict.fromkeys(("steps", "token_budget", "save_every"), _POSITIVE),
+            "mode": _choice("on_policy", "off_policy", "sft"),
             "learning_rate": _number(0, 1, open_low=True),
             "b1": _number(0, 0.9999999),
             "b2": _number(0, 0.9999999),
@@ -168,7 +172,9 @@ def rules() -> dict[str, Rule]:
         "loss": {
             "top_k": _POSITIVE,
             "temperature": _TEMPERATURE,
-            "renorm": _FLAG,
+            "divergence": _choice("reverse", "forward", "jsd"),
+            "support": _choice(*SUPPORTS),
+            "correction": _choice(*CORRECTIONS),
             "aggregation": _choice("token_mean", "seq_mean", "micro_token_mean"),
             "chunk": _POSITIVE,
         },
@@ -178,6 +184,7 @@ def rules() -> dict[str, Rule]:
             "seed_mode": _choice("independent", "constant"),
             "unseen_split": _FLAG,
             "in_context": _FLAG,
+            "skills": _FLAG,
             "curve": _steps,
         },
         "log": {"tensorboard": _FLAG},

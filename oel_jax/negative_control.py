@@ -92,7 +92,7 @@ def played_game(config: Any, purpose: str) -> str:
 
 
 def pick_support(config: Any) -> Callable:
-    """How the loss picks the tokens it compares ('foreign_top_k'); see `KLConfig.support`."""
+    """How the loss picks the tokens it compares ('foreign_top_k'); see `KLConfig.pick`."""
     from oel_jax.parallel import vocabulary
 
     return foreign_top_k if config.negative_control == "foreign_top_k" else vocabulary.top_k

@@ -171,7 +171,7 @@ def test_presets_are_the_columns_of_section_12():
         "deploy.games_per_step": (64, 64, 128),
         "loss.aggregation": ("token_mean", "seq_mean", "micro_token_mean"),
         "loss.temperature": (0.7, 1.0, 0.7),
-        "loss.renorm": (False, False, False),
+        "loss.correction": ("none", "none", "none"),
         "extract.trajectories": ("per_chain", "shared", "per_chain"),
         "extract.outcome": ("full", "none", "full"),
         "extract.item_marker": (

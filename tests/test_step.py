@@ -11,7 +11,7 @@ import pytest
 
 from oel_jax.distill.memory import Accumulator, used
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
-from oel_jax.distill.reference import topk_reverse_kl
+from oel_jax.distill.reference import divergence
 from oel_jax.distill.step import StepConfig, accumulate, optimizer, update, zeros_like
 from oel_jax.distill.teacher import Teacher
 from oel_jax.distill.topk_kl import KLConfig
@@ -159,7 +159,7 @@ def test_step_equals_plain_unpacked_formula(student, teacher, samples, prompts, 
 
     @jax.jit
     def one(params, short, at_short, long, at_long, mask):
-        kl = topk_reverse_kl(
+        kl = divergence(
             plain_logits(student.cfg, params, short)[at_short],
             plain_logits(student.cfg, theirs, long)[at_long],
             top_k=KL.top_k,

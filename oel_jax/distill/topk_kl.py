@@ -1,11 +1,13 @@
-"""The fused top-k reverse KL: loss and gradient in one scan over chunks of tokens.
+"""The fused top-k divergence: loss and gradient in one scan over chunks of tokens.
 
-Spec 8.3. With z the logits, tau the temperature, p = softmax(z_S / tau), r = log p_S - log p_T,
-S the student's top-k ids and A = sum over S of p (r + 1):
+Spec 8.3. With z the logits, tau the temperature, l = log_softmax(z / tau) of each side,
+p = exp(l_S) and S the student's top-k ids, the method's loss is the reverse KL on S, and for any
+loss D that looks at l_S on S alone
 
-    kl = sum over S of p r            d kl / d z_j = (p_j / tau) ([j in S] (r_j + 1) - A)
+    kl = sum over S of p (l_S - l_T)      dD / d z_j = ([j in S] g_j - p_j sum(g)) / tau
 
-so the backward pass needs no second softmax and no second top-k: each chunk makes its logits once,
+with g = dD / d l_S (for the reverse KL g = p (l_S - l_T + 1)); `divergence.py` has the losses. So
+the backward pass needs no second softmax and no second top-k: each chunk makes its logits once,
 forms the gradient on the spot and multiplies it back into the hidden states and the output matrix.
 Logits exist for `chunk` tokens at a time and never as [B, T, V]. The student's matrix costs three
 products per chunk (logits, d hidden, d matrix), the teacher's one: the minimum.
@@ -24,7 +26,11 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float, Int
 
+from oel_jax.distill.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
+from oel_jax.distill.divergence import with_gradient
 from oel_jax.parallel import vocabulary as vocab
+
+ABSENT = -1e30  # log-probability of an entry that does not count: exp gives 0 and nothing is NaN
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,30 @@ class KLConfig:
     Attributes:
       top_k: support size, at most the vocabulary.
       temperature: tau, applied to both sides.
-      renorm: renormalise both sides over the support.
+      divergence: one of `choices.DIVERGENCES`; 'nll' is minus the sampled token's
+        log-probability and needs no support.
+      support: whose top-k the loss looks at, one of `choices.SUPPORTS`.
+      correction: what becomes of the mass outside, one of `choices.CORRECTIONS`.
       chunk: tokens whose logits exist at one time; 0 takes 1/64 of the tokens, between 16 and 1024.
-      support: picks S: (student's logits, top_k, axis) -> (their values, their ids).
+      pick: (logits, top_k, axis) -> (their values, their ids); the exact top-k.
     """
 
     top_k: int = 256
     temperature: float = 0.7
-    renorm: bool = False
+    divergence: str = "reverse"
+    support: str = "student"
+    correction: str = "none"
     chunk: int = 0
-    support: Callable = vocab.top_k
+    pick: Callable = vocab.top_k
+
+    def __post_init__(self):
+        for name, among in (
+            ("divergence", DIVERGENCES),
+            ("support", SUPPORTS),
+            ("correction", CORRECTIONS),
+        ):
+            if getattr(self, name) not in among:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {among}")
 
     def chunk_for(self, tokens: int) -> int:
         """The chunk size used for this many tokens on one device."""
@@ -58,7 +78,7 @@ class KLConfig:
 class TokenStats(NamedTuple):
     """Per-token values [M], float32, no gradient."""
 
-    kl: Float[Array, " M"]
+    kl: Float[Array, " M"]  # the divergence, whichever it is
     mass: Float[Array, " M"]  # student's probability of its own top-k
     student_entropy: Float[Array, " M"]  # full vocabulary, nats
     teacher_entropy: Float[Array, " M"]
@@ -83,25 +103,27 @@ def _entropy(z: Array, lse: Array, axis: str | None) -> Float[Array, " c"]:
 
 
 def _chunk_values(cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, w_t: Array):
-    """Statistics of a chunk and what its gradient needs: (stats, z, lse, ids, p, slope, shift).
+    """Statistics of a chunk and what its gradient needs: (stats, z, lse, ids, g).
 
-    d kl / d z_j = (p_j / tau) ([j in S] slope_j - shift)
+    `ids` is None where the support is the whole vocabulary: g then has a column for each id.
     """
     z = _logits(chunk.student, w_s, cfg.temperature)
     lse = vocab.logsumexp(z, axis)
-    top, ids = cfg.support(z, cfg.top_k, axis)
     z_t = _logits(chunk.teacher, w_t, cfg.temperature)
     lse_t = vocab.logsumexp(z_t, axis)
-    log_s = top - lse[:, None]
-    log_t = vocab.take(z_t, ids, axis) - lse_t[:, None]
+    ids, counts = _support(cfg, axis, z, z_t, chunk.sampled)
+    if ids is None:
+        log_s, log_t, tails = z - lse[:, None], z_t - lse_t[:, None], None
+    else:
+        log_s = jnp.where(counts, vocab.take(z, ids, axis) - lse[:, None], ABSENT)
+        log_t = jnp.where(counts, vocab.take(z_t, ids, axis) - lse_t[:, None], ABSENT)
+        tails = None
+        if cfg.correction == "tail":
+            tails = tuple(_outside(x, at, ids, axis) for x, at in ((z, lse), (z_t, lse_t)))
+    kl, g = with_gradient(cfg.divergence, cfg.correction, log_s, log_t, tails)
     mass = jnp.exp(log_s).sum(-1)
-    if cfg.renorm:
-        log_s = jax.nn.log_softmax(log_s)
-        log_t = jax.nn.log_softmax(log_t)
-    p, r = jnp.exp(log_s), log_s - log_t
-    kl = (p * r).sum(-1)
-    slope = r - kl[:, None] if cfg.renorm else r + 1.0
-    shift = jnp.zeros_like(kl) if cfg.renorm else (p * slope).sum(-1)
+    if ids is None:  # a device has only its part of the sums
+        kl, mass = vocab.total(kl, axis), vocab.total(mass, axis)
     stats = TokenStats(
         kl=kl,
         mass=mass,
@@ -109,20 +131,56 @@ def _chunk_values(cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, w_
         teacher_entropy=_entropy(z_t, lse_t, axis),
         log_prob=vocab.take(z, chunk.sampled[:, None], axis)[:, 0] - lse,
     )
-    return stats, (z, lse, ids, p, slope, shift)
+    return stats, (z, lse, ids, g)
+
+
+def _support(cfg: KLConfig, axis: str | None, z: Array, z_t: Array, sampled: Array):
+    """(ids [c, n] or None for all, which of them count [c, n])."""
+    if cfg.divergence == "nll":
+        return sampled[:, None], jnp.ones(sampled[:, None].shape, bool)
+    if cfg.support == "full":
+        return None, None
+    if cfg.support == "teacher":
+        ids = cfg.pick(z_t, cfg.top_k, axis)[1]
+        return ids, jnp.ones(ids.shape, bool)
+    ids = cfg.pick(z, cfg.top_k, axis)[1]
+    counts = jnp.ones(ids.shape, bool)
+    if cfg.support == "student":
+        return ids, counts
+    more = cfg.pick(z_t, cfg.top_k, axis)[1]
+    again = vocab.take(_marked(z, ids, axis, 0.0, 1.0), more, axis) > 0  # the student's too
+    return jnp.concatenate([ids, more], 1), jnp.concatenate([counts, ~again], 1)
+
+
+def _marked(z: Array, ids: Array, axis: str | None, rest: float | Array, mark: float) -> Array:
+    """`rest` in the shape of z with `mark` at the ids."""
+    columns, here = vocab.local_columns(ids, z.shape[-1], axis)
+    # An id of another device goes to a column that does not exist, and is dropped there.
+    columns = jnp.where(here, columns, z.shape[-1])
+    rows = jnp.arange(z.shape[0])[:, None]
+    return jnp.broadcast_to(rest, z.shape).at[rows, columns].set(mark, mode="drop")
+
+
+def _outside(z: Array, lse: Array, ids: Array, axis: str | None) -> Float[Array, " c"]:
+    """Log of the mass outside the support, summed there: 1 - inside would lose its digits."""
+    return vocab.logsumexp(_marked(z, ids, axis, z, ABSENT), axis) - lse
 
 
 def _chunk_gradient(
     cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, parts: tuple, d_matrix: Array
 ):
     """d(weight * kl) for the chunk's hidden states; `d_matrix` plus that for the output matrix."""
-    z, lse, ids, p, slope, shift = parts
+    z, lse, ids, g = parts
     scale = (chunk.weight / cfg.temperature)[:, None]
+    shift = g.sum(-1) if ids is not None else vocab.total(g.sum(-1), axis)
     grad = jnp.exp(z - lse[:, None]) * (-shift[:, None] * scale)
-    columns, here = vocab.local_columns(ids, z.shape[-1], axis)
-    sparse = jnp.where(here, p * slope * scale, 0.0)
-    rows = jnp.arange(z.shape[0])[:, None]
-    grad = grad.at[rows, columns].add(sparse).astype(chunk.student.dtype)
+    if ids is None:
+        grad = grad + g * scale
+    else:
+        columns, here = vocab.local_columns(ids, z.shape[-1], axis)
+        rows = jnp.arange(z.shape[0])[:, None]
+        grad = grad.at[rows, columns].add(jnp.where(here, g * scale, 0.0))
+    grad = grad.astype(chunk.student.dtype)
     d_hidden = jnp.einsum("cv,vd->cd", grad, w_s, preferred_element_type=jnp.float32)
     return vocab.total(d_hidden, axis), _add_outer(d_matrix, grad, chunk.student)
 
@@ -204,7 +262,7 @@ def fused_topk_kl(
     sampled: Int[Array, " M"],
     weight: Float[Array, " M"],
 ) -> tuple[Float[Array, ""], TokenStats]:
-    """Weighted sum of the per-token top-k reverse KL, and per-token statistics.
+    """Weighted sum of the per-token divergence, and per-token statistics.
 
     Args:
       h_s, w_s: student hidden states and output matrix; the only arguments with a gradient.
