@@ -2,10 +2,10 @@
 
 Per step: all prefixes of 64 games, one knowledge text drawn per prefix; the student answers without
 it, the frozen teacher P_r re-reads the answer with it, and the student's top-k reverse KL is
-minimised by one AdamW update. Nothing here touches a game.
+minimised by one AdamW update. Nothing here touches a game. The baselines (`consolidate.mode`) take
+the answers from demonstrations instead, see `rollouts`.
 """
 
-import random
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,33 +16,30 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from oel_jax import knowledge, negative_control
+from oel_jax import negative_control
 from oel_jax.distill.memory import Accumulator, used
-from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.packing import fill, plan, sample_weights
 from oel_jax.distill.step import (
     StepConfig,
     Sums,
-    cast,
     optimizer,
     update,
     zeros_like,
 )
 from oel_jax.distill.teacher import Teacher, cache_bytes
 from oel_jax.distill.topk_kl import KLConfig
-from oel_jax.errors import UserError
+from oel_jax.experience import texts_of_round
 from oel_jax.lm.huggingface import save_model
-from oel_jax.lm.language_model import DTYPES, LanguageModel
-from oel_jax.lm.prefix import SHARED_FROM, shared_start
-from oel_jax.lm.requests import Request
+from oel_jax.lm.language_model import DTYPES
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import read as read_metrics
 from oel_jax.metrics import table
 from oel_jax.parallel.mesh import device_bytes, put_batch
 from oel_jax.profiling import StepTrace
+from oel_jax.rollouts import demonstrated, header, on_policy
 from oel_jax.run import Run
-from oel_jax.trajectories import Prefix, prefixes, read
-from oel_jax.workdir import read_json
+from oel_jax.trajectories import prefixes, read
 
 
 @dataclass
@@ -59,7 +56,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     config, settings = run.config, run.config.consolidate
     source = run.policy_directory(round_number)
     teacher_model = run.policy(round_number)
-    texts = _texts(run, round_number, teacher_model)
+    texts = texts_of_round(run, round_number, teacher_model)
     teacher = Teacher(
         teacher_model,
         texts,
@@ -69,7 +66,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     # Which prompts a cached prefix is made from must not depend on where a run goes on.
     first = prefixes(read(run.workdir.deploy_games(round_number, 1)))
     examples = [prefix.prompt for prefix in first[:16]]
-    header = _header(first)
+    head = header(first)
     tx = optimizer(settings)
     dtype = DTYPES[config.model.dtype]
     step_config = StepConfig(
@@ -77,7 +74,9 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         kl=KLConfig(
             config.loss.top_k,
             config.loss.temperature,
-            config.loss.renorm,
+            "nll" if settings.mode == "sft" else config.loss.divergence,
+            config.loss.support,
+            config.loss.correction,
             config.loss.chunk,
             negative_control.pick_support(config),
         ),
@@ -93,7 +92,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             Sampling(settings.temperature),
             prompt=config.sampler.max_prompt,
             response=config.sampler.max_response,
-            prefixes=[header],
+            prefixes=[head],
         )
         held = _held(student, teacher, examples, sampler)
         add = Accumulator(step_config, held)
@@ -105,7 +104,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         ):
             while student.step < settings.steps:
                 trace.before(student.step + 1)
-                values = _step(run, round_number, student, teacher, header, sampler, add, tx)
+                values = _step(run, round_number, student, teacher, head, sampler, add, tx)
                 trace.after(student.step)
                 note = f"loss {values['loss']:.4f}, {values['response_tokens']:.1f} tokens/answer"
                 if student.step % settings.save_every == 0 and student.step < settings.steps:
@@ -129,12 +128,6 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     return [policy]
 
 
-def _header(first: list[Prefix]) -> tuple[int, ...]:
-    """Ids that the prompts of the first step begin with: read once a step for all rollouts."""
-    ids = shared_start([prefix.prompt_ids for prefix in first])
-    return ids if len(ids) >= SHARED_FROM else ()
-
-
 def _held(
     student: _Student, teacher: Teacher, examples: list[str], sampler: Sampler
 ) -> dict[str, int]:
@@ -148,41 +141,6 @@ def _held(
         "knowledge, encoded": device_bytes([prefix.cache for prefix in teacher.encoded]),
         "rollout cache": sampler.bytes,
     }
-
-
-def _texts(run: Run, round_number: int, model: LanguageModel) -> list[str]:
-    """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
-
-    Raises:
-      UserError: all are empty, so there is nothing to learn.
-    """
-    path = run.workdir.knowledge(round_number)
-    extract = run.config.extract
-    texts = [
-        knowledge.truncate(
-            text.strip(),
-            extract.l_max,
-            lambda piece: len(model.tokenizer.encode(piece)),
-            "v4",
-            keep=extract.truncate,
-            marker=extract.item_marker,
-        )
-        for text in read_json(path)["texts"]
-    ]
-    if not any(texts):
-        raise UserError(
-            f"{path}: all {len(texts)} knowledge texts are empty, so there is nothing to "
-            f"consolidate. Look at the extractor's answers in {path.parent}; a longer "
-            "config.extract.l_max, config.extract.version='v3' or a larger config.extract.n may "
-            "help, then run again with a new --workdir"
-        )
-    empty = [index for index, text in enumerate(texts) if not text]
-    if empty:
-        print(
-            f"knowledge of chain(s) {empty} is empty: prefixes that draw it are distilled from the "
-            "teacher without knowledge"
-        )
-    return negative_control.teacher_texts(run.config, round_number, texts)
 
 
 def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:
@@ -218,7 +176,7 @@ def _step(
     round_number: int,
     student: _Student,
     teacher: Teacher,
-    header: tuple[int, ...],
+    head: tuple[int, ...],
     sampler: Sampler,
     add: Accumulator,
     tx: Any,
@@ -226,7 +184,11 @@ def _step(
     """One optimizer step: rollouts, teacher and student on packed micro-batches, update."""
     settings, number = run.config.consolidate, student.step + 1
     began = time.monotonic()
-    samples, stopped = _rollouts(run, round_number, number, student, teacher, header, sampler)
+    if settings.mode == "on_policy":
+        parts = (student.params, teacher, head, sampler)
+        samples, stopped = on_policy(run, round_number, number, *parts)
+    else:
+        samples, stopped = demonstrated(run, round_number, number, teacher)
     rolled_out = time.monotonic()
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
     weights = sample_weights(samples, batches, run.config.loss.aggregation)
@@ -244,58 +206,6 @@ def _step(
     total, done = jax.device_get((total, done))
     seconds = {"rollout": rolled_out - began, "update": time.monotonic() - rolled_out}
     return _log(run, round_number, number, samples, stopped, total, done, seconds, shape, batches)
-
-
-def _rollouts(
-    run: Run,
-    round_number: int,
-    number: int,
-    student: _Student,
-    teacher: Teacher,
-    header: tuple[int, ...],
-    sampler: Sampler,
-) -> tuple[list[Sample], int]:
-    """The student's answers to all prefixes of the step, each with its knowledge text drawn."""
-    settings = run.config.consolidate
-    path = run.workdir.deploy_games(round_number, number)
-    batch = prefixes(read(path))
-    if settings.drop_remainder:
-        batch = batch[: len(batch) - len(batch) % settings.drop_remainder]
-    _check_ids(path, batch, teacher.model)
-    rng = random.Random(number + 1000 * round_number)
-    drawn = [rng.choice(range(len(teacher.texts))) for _ in batch]
-    requests = [
-        Request(
-            prefix.prompt_ids,
-            run.key("consolidate", round_number, number, index),
-            run.config.sampler.max_response,
-            prefix=header,
-        )
-        for index, prefix in enumerate(batch)
-    ]
-    # The sampler reads the trainer's own arrays; in bfloat16, one cast of them.
-    weights = student.params
-    if run.config.model.dtype != "float32":
-        weights = cast(student.params, DTYPES[run.config.model.dtype])
-    sampler.forget()  # the weights have changed
-    answers = sampler.generate(weights, requests)
-    samples = []
-    for prefix, text, answer in zip(batch, drawn, answers, strict=True):
-        shared, suffix = teacher.split(text, prefix.prompt)
-        samples.append(
-            Sample(prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text)
-        )
-    return samples, sum(answer.stopped for answer in answers)
-
-
-def _check_ids(path: Path, batch: list[Prefix], model: LanguageModel) -> None:
-    """Ids come from a file: refuse what this model cannot have read."""
-    highest = max((max(prefix.prompt_ids) for prefix in batch), default=0)
-    if highest >= model.cfg.vocab_size:
-        raise UserError(
-            f"{path}: prompt id {highest} does not exist in {model.directory} (vocabulary "
-            f"{model.cfg.vocab_size}); the trajectories come from another model: deploy this one"
-        )
 
 
 def _log(run, round_number, number, samples, stopped, total: Sums, done, seconds, shape, batches):
@@ -316,7 +226,7 @@ def _log(run, round_number, number, samples, stopped, total: Sums, done, seconds
         "micro_batches": float(len(batches)),
     }
     settings = run.config.consolidate
-    if settings.temperature == run.config.loss.temperature:
+    if settings.mode == "on_policy" and settings.temperature == run.config.loss.temperature:
         values["log_prob_gap"] = (float(total.log_prob_gap), count)
     read_tokens = sum(s.student_length + s.teacher_length for s in samples)
     slots = 2 * shape.rows * shape.tokens * len(batches)

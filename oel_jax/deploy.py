@@ -2,7 +2,8 @@
 
 Two disjoint collections are made with the same frozen policy (paper Algorithm 1): games for
 knowledge (T, one file per chain, evaluation sampling) and games whose prefixes are trained on
-(T', one file per optimizer step, plain temperature). Every game is played without knowledge.
+(T', one file per optimizer step, plain temperature). Every game is played without knowledge, but
+for the demonstrations that the off-policy baselines train on.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from oel_jax import games, negative_control
+from oel_jax.experience import drawn_texts, texts_of_round
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, common_prefix
 from oel_jax.lm.requests import Completion, Request
@@ -160,6 +162,7 @@ class _File:
     seeds: list[int]
     chain: int | None = None
     step: int | None = None
+    texts: list[str] | None = None  # knowledge of each game, in the order of `seeds`
 
 
 def deploy(run: Run, round_number: int) -> list[Path]:
@@ -200,6 +203,28 @@ def deploy(run: Run, round_number: int) -> list[Path]:
     return [file.path for file in knowledge_files + prefix_files]
 
 
+def demonstrate(run: Run, round_number: int) -> list[Path]:
+    """P_r plays the boards of T' again with knowledge in its prompt (spec 10.2); returns the files.
+
+    For the off-policy baselines alone (`consolidate.mode`); one text is drawn for each game.
+    """
+    config, workdir = run.config, run.workdir
+    model = run.policy(round_number)
+    texts = texts_of_round(run, round_number, model)
+    files = []
+    for step in range(1, config.consolidate.steps + 1):
+        seeds = games.deploy_seeds(round_number, step, config.deploy.games_per_step)
+        drawn = drawn_texts(round_number, step, len(seeds), len(texts))
+        path = workdir.demonstrations(round_number, step)
+        files.append(_File(path, seeds, step=step, texts=[texts[index] for index in drawn]))
+    stats = _collect(run, model, round_number, "demonstrate", files, sampling(config.deploy))
+    count, turns, tokens, cut = (int(value) for value in stats)
+    values = {"turns": (turns, count), "response_tokens": (tokens, turns), "cut_off": (cut, turns)}
+    run.metrics.rewind("demonstrate", round_number, round_number - 1)
+    run.metrics.scalars("demonstrate", round_number, values, round=round_number)
+    return [file.path for file in files]
+
+
 def _collect(
     run: Run,
     model: LanguageModel,
@@ -223,8 +248,8 @@ def _collect(
         have = {game.seed for game in finished}
         parts = (purpose, round_number) if file.chain is None else (purpose, round_number, "game")
         jobs += [
-            Job(seed, parts, chain=file.chain, tag=file, game=game_name)
-            for seed in file.seeds
+            Job(seed, parts, text, chain=file.chain, tag=file, game=game_name)
+            for seed, text in zip(file.seeds, file.texts or [""] * len(file.seeds), strict=True)
             if seed not in have
         ]
     total = sum(len(file.seeds) for file in files)
@@ -235,11 +260,13 @@ def _collect(
     with run.progress(total, "games", label, done=len(before)) as progress:
         if jobs:
             slots = min(config.sampler.slots, total)  # not what is left: a resumed run is the same
-            prefixes = {"": shared_beginning(run, model, "")}
+            texts = sorted({text for file in files for text in file.texts or [""]})
+            prefixes = {text: shared_beginning(run, model, text) for text in texts}
             sampler = run.sampler(
                 model,
                 how,
-                prompt=config.sampler.max_prompt,
+                # room for a text that is too short to be shared, and for merges at its ends
+                prompt=config.sampler.max_prompt + (SHARED_FROM + 16 if any(texts) else 0),
                 response=config.sampler.max_response,
                 slots=slots,
                 prefixes=prefixes.values(),
@@ -250,7 +277,7 @@ def _collect(
     return stats
 
 
-_PURPOSE = {"extract": "knowledge", "deploy": "prefixes"}
+_PURPOSE = {"extract": "knowledge", "deploy": "prefixes", "demonstrate": "demonstrations"}
 
 
 def _write(run, round_number, purpose, games_played, stats, model) -> None:

@@ -2,7 +2,8 @@
 
 Each held-out board is played once per evaluation seed with a key of its own. The interval clusters
 by board, since Frozen Lake's 128 maps are only 19 boards (spec 3.3 and 9.1). A second rate covers
-the boards that no deploy game of any round so far has shown.
+the boards that no deploy game of any round so far has shown. A few games are
+kept word by word, for the report page.
 """
 
 import json
@@ -19,7 +20,9 @@ from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval
-from oel_jax.workdir import read_json, write_bytes, write_json
+from oel_jax.workdir import read_json, samples_of, write_bytes, write_json
+
+SAMPLED = 6  # boards, from the first, whose game of the first seed is kept whole
 
 
 def evaluate(
@@ -34,13 +37,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Play maps x seeds games and write the result to `file`; returns it.
 
+    The first seed's games of the first `SAMPLED` boards go to `samples_of(file)` word by word.
+
     Args:
       name: what is evaluated; together with the round it separates the random streams.
       texts: knowledge in context; seed i plays with text i mod K. Empty: without knowledge.
 
     Finished games are kept beside the result while it runs, so nothing is played twice.
     """
-    if file.exists():
+    if file.exists() and samples_of(file).exists():
         return read_json(file)
     config = run.config.evaluate
     boards = games.heldout_seeds(config.maps)
@@ -82,26 +87,65 @@ def evaluate(
                     out.write(json.dumps(records[-1]) + "\n")
                     out.flush()
     result = _summarise(run, records, round_number)
+    _show(run, file.stem, round_number, records)
+    write_json(samples_of(file), {"games": _samples(records)})
     write_json(file, result)
     log.unlink(missing_ok=True)
     return result
 
 
 def _record(played: Played) -> dict[str, Any]:
+    """What the result needs of a game; of a sampled one also every word."""
     index, column = played.job.tag
-    return {
+    record = {
         "seed_index": index,
         "map": column,
         "board": played.game.board_id(),
         "passed": played.game.passed,
         "tokens": played.tokens,
     }
+    if _is_sampled(index, column):
+        record["text"] = {
+            "knowledge": played.job.knowledge,
+            "turns": [
+                {"observation": t.observation, "response": t.response, "action": t.action}
+                for t in played.turns
+            ],
+            "outcome": played.game.outcome(),
+        }
+    return record
+
+
+def _is_sampled(index: int, column: int) -> bool:
+    return index == 0 and column < SAMPLED
+
+
+def _samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The games that were kept whole, by board; texts are as they were played, not escaped."""
+    kept = sorted((r for r in records if "text" in r), key=lambda record: record["map"])
+    names = ("map", "board", "passed", "tokens")
+    return [{name: record[name] for name in names} | record["text"] for record in kept]
+
+
+def _show(run: Run, name: str, round_number: int, records: list[dict[str, Any]]) -> None:
+    """In TensorBoard: how long the answers are, and one game to read."""
+    stage = f"evaluate_{name}"
+    lengths = [tokens for record in records for tokens in record["tokens"]]
+    run.metrics.histogram("response_tokens", round_number, lengths, stage, round_number)
+    game = _samples(records)[0]
+    parts = [f"board {game['map'] + 1}, {'won' if game['passed'] else 'lost'}"]
+    for number, turn in enumerate(game["turns"], 1):
+        parts += [f"--- turn {number}: the game says", turn["observation"].strip()]
+        parts += ["--- the policy answers", turn["response"]]
+    parts += ["--- the end", game["outcome"].strip()]
+    run.metrics.text("game", round_number, "\n".join(parts), stage, round_number)
 
 
 def _recover(log: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Games of an interrupted evaluation, in the order of `jobs`.
 
-    Kept up to the first line that is torn or is not the game of `jobs` (the config was changed).
+    Kept up to the first line that is torn, or is not the game of `jobs` (the config was changed),
+    or lacks the words of a sampled game (it was written by an older version).
     """
     if not log.exists():
         return []
@@ -113,6 +157,8 @@ def _recover(log: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         except ValueError:
             break
         if not line.endswith(b"\n") or (record["seed_index"], record["map"]) != job.tag:
+            break
+        if _is_sampled(*job.tag) and "text" not in record:
             break
         records.append(record)
     if len(records) < len(lines):
@@ -162,3 +208,12 @@ def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> di
             )
             result["unseen"] |= {"pass_rate": mean, "ci95": [low, high]}
     return result
+
+
+if __name__ == "__main__":
+    # Policies on tasks of lm-evaluation-harness; the games are evaluated by `oel_jax.main`.
+    import sys
+
+    from oel_jax.harness.command import main
+
+    sys.exit(main())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from oel_jax import knowledge, prompts
 from oel_jax.config import extraction_template, extractor_budget
+from oel_jax.experience import of_another_run, raw_trajectories
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
 from oel_jax.lm.requests import Completion, Request
@@ -36,6 +37,10 @@ class _Chain:
 def extract(run: Run, round_number: int) -> list[Path]:
     """Grow the K texts of a round; returns the files. Finished steps are not done again."""
     config = run.config.extract
+    if config.knowledge_from or config.experience == "raw":
+        (of_another_run if config.knowledge_from else raw_trajectories)(run, round_number)
+        _log(run, round_number, range(1, config.n_run + 1))
+        return _finish(run, round_number)
     directory = resolve(bundled(config.model_path)) if config.model_path else None
     extractor = run.load(directory) if directory else run.policy(round_number)
     chains = [_open_chain(run, round_number, number) for number in range(config.chains)]

@@ -17,24 +17,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from oel_jax import negative_control
+from oel_jax import negative_control, report
+from oel_jax.config import as_json, leaves
 from oel_jax.consolidate import consolidate
-from oel_jax.deploy import deploy
+from oel_jax.deploy import demonstrate, deploy
 from oel_jax.errors import UserError
 from oel_jax.evaluate import evaluate
 from oel_jax.extract import extract
 from oel_jax.metrics import duration, table
 from oel_jax.profiling import compile_seconds
 from oel_jax.run import Run
-from oel_jax.workdir import read_json, write_json
-
-STAGES = ("deploy", "extract", "consolidate", "evaluate")
+from oel_jax.skills import evaluate_skills
+from oel_jax.workdir import STAGES, read_json, samples_of, stages_of, write_json
 
 # What must be finished in the same round before a stage can run.
 _NEEDS = {
     "deploy": (),
     "extract": ("deploy",),
-    "consolidate": ("deploy", "extract"),
+    "demonstrate": ("extract",),
+    "consolidate": ("deploy", "extract", "demonstrate"),
     "evaluate": ("extract", "consolidate"),
 }
 
@@ -49,11 +50,12 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
         work: dict[str, Callable[[], list[Path]]] = {
             "deploy": lambda r=number: deploy(run, r),
             "extract": lambda r=number: extract(run, r),
+            "demonstrate": lambda r=number: demonstrate(run, r),
             "consolidate": lambda r=number: consolidate(run, r),
             "evaluate": lambda r=number: _evaluate_round(run, r),
         }
         print(f"\n=== round {number} of {run.config.rounds} ===")
-        for stage in STAGES:
+        for stage in stages_of(run.config):
             if stage not in stages or run.workdir.finished(number, stage):
                 continue
             missing = _missing(run, number, stage)
@@ -75,7 +77,8 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
 
 def _missing(run: Run, number: int, stage: str) -> list[str]:
     """Unfinished stages that `stage` of this round builds on."""
-    missing = [need for need in _NEEDS[stage] if not run.workdir.finished(number, need)]
+    needs = [need for need in _NEEDS[stage] if need in stages_of(run.config)]
+    missing = [need for need in needs if not run.workdir.finished(number, need)]
     if number > 1 and not run.workdir.finished(number - 1, "consolidate"):
         missing.append(_before(number))
     return missing
@@ -90,13 +93,17 @@ def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> 
     if run.workdir.finished(number, name):
         return
     began, compiled = time.monotonic(), compile_seconds()
-    files = work()
+    taken = run.shelf.take(run, number, name) if run.shelf else None
+    files = taken or work()
     seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
     run.workdir.finish(number, name, files, seconds)
+    if run.shelf:
+        run.shelf.put(run, number, name)
     timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
     run.metrics.rewind(f"time_{name}", number, number - 1)
     run.metrics.scalars(f"time_{name}", number, {}, round=number, time_values=timing)
     share = f", {compiled:.1f} s of it compiling" if compiled >= 0.5 else ""
+    share += ", made by another run" if taken else ""
     print(f"{f'round {number}' if number else 'start'} {name}: done in {duration(seconds)}{share}")
 
 
@@ -108,6 +115,21 @@ def _evaluate_start(run: Run) -> list[Path]:
     )
     _log(run, 0, "start", 0, result)
     print(f"starting model: {_rate(result)}, {result['response_tokens']:.1f} tokens/answer")
+    return [file, samples_of(file), *_skills(run, 0)]
+
+
+def _skills(run: Run, number: int) -> list[Path]:
+    """What the policy after round `number` (0: the start) can do beside the game, if asked for."""
+    if not run.config.evaluate.skills:
+        return []
+    workdir = run.workdir
+    file = workdir.evaluation(number, "skills") if number else workdir.start_skills
+    result = evaluate_skills(run, run.policy_directory(number + 1), file)
+    low, high = result["ci95"]
+    values = {"skill": result["skill"], "ci95_low": low, "ci95_high": high}
+    run.metrics.rewind("evaluate_skills", number, number - 1)
+    run.metrics.scalars("evaluate_skills", number, values, round=number)
+    print(f"skills that are not trained: {result['skill']:.1%} [{low:.1%}, {high:.1%}]")
     return [file]
 
 
@@ -142,7 +164,10 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
         label=f"round {number} evaluate consolidated model",
     )
     _log(run, number, "consolidated", run.config.consolidate.steps, result)
-    return files
+    final = {f"final/{name}": result[name] for name in ("pass_rate", "response_tokens")}
+    run.metrics.settings(leaves(as_json(run.config)), final, step=number)
+    run.metrics.image("pass_rate", number, report.figure(workdir), "figures")
+    return files + [samples_of(file) for file in files] + _skills(run, number)
 
 
 def _texts(run: Run, number: int, n: int) -> list[str]:
@@ -182,7 +207,10 @@ def _short(file: Path) -> dict[str, Any] | None:
 
 
 def _summary(run: Run) -> None:
-    """summary.json: the start, and per round both evaluations and the seconds of each stage."""
+    """summary.json: the start, and per round both evaluations and the seconds of each stage.
+
+    report.html shows the same and more.
+    """
     workdir = run.workdir
     rounds = []
     for number in range(1, run.config.rounds + 1):
@@ -196,6 +224,7 @@ def _summary(run: Run) -> None:
     start = _short(workdir.start_evaluation)
     summary = negative_control.mark(run.config) | {"start": start, "rounds": rounds}
     write_json(workdir.summary_file, summary)
+    report.write(workdir)
 
 
 def _rate(result: dict[str, Any] | None) -> str:

@@ -4,7 +4,6 @@ Single fields are overridden with `--config.rounds=2`; `--stages=deploy,extract`
 done. The same command goes on where the last one stopped.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,12 +14,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from oel_jax.errors import UserError
+from oel_jax.workdir import STAGES
 
-_STAGES = ("deploy", "extract", "consolidate", "evaluate")
 _FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
 flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
-flags.DEFINE_list("stages", list(_STAGES), "Stages to do, in any subset.")
+flags.DEFINE_list("stages", list(STAGES), "Stages to do, in any subset.")
 flags.DEFINE_bool(
     "allow_config_change", False, "Go on in an old workdir although the config has changed."
 )
@@ -29,7 +28,7 @@ flags.DEFINE_bool(
 def run(
     config: ml_collections.ConfigDict,
     workdir: str | Path,
-    stages: Sequence[str] = _STAGES,
+    stages: Sequence[str] = STAGES,
     *,
     name: str = "config",
     allow_config_change: bool = False,
@@ -44,21 +43,23 @@ def run(
     from oel_jax.config import as_json, validate
 
     remarks = validate(config, games=games.names())
-    if not stages or not set(stages) <= set(_STAGES):
-        raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(_STAGES)}")
+    if not stages or not set(stages) <= set(STAGES):
+        raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(STAGES)}")
 
-    import jax
-
+    from oel_jax.experience import check_other_run
     from oel_jax.loop import learn
     from oel_jax.metrics import Metrics
     from oel_jax.parallel.mesh import make_mesh
-    from oel_jax.run import Run, check_model, start_directory
+    from oel_jax.run import Run, check_model, keep_compiled, start_directory
+    from oel_jax.skills import check_skills
     from oel_jax.workdir import Workdir
 
-    _compilation_cache(jax, config.compilation_cache)
+    keep_compiled(config.compilation_cache)
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tp)
     # Before the workdir exists: it would remember a config that cannot run.
     check_model(config, start_directory(config), mesh)
+    check_other_run(config)
+    check_skills(config)
     with Workdir(workdir).open(as_json(config), allow_change=allow_config_change) as opened:
         for remark in remarks:
             print(f"note: {remark}")
@@ -67,15 +68,6 @@ def run(
         with Metrics(opened, config.log.tensorboard) as metrics:
             learn(Run(config, opened, metrics, mesh), stages)
         print(f"\nfiles: {opened.root}   curves: tensorboard --logdir {opened.root.parent}")
-
-
-def _compilation_cache(jax, setting: str) -> None:
-    """Keep compiled programs between runs, so that only the first run pays for them."""
-    if setting == "off":
-        return
-    path = Path(setting) if setting else Path.home() / ".cache" / "oel_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _check_arguments(argv: Sequence[str]) -> None:

@@ -11,13 +11,17 @@ written by the `tensorboard` package alone; TensorFlow is never imported. Import
 import json
 import math
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from oel_jax.errors import UserError
@@ -27,7 +31,7 @@ Value = float | tuple[float, float]  # a number, or (sum, count), whose mean is 
 
 
 class Metrics:
-    """Writes scalars and texts of one run; a context manager.
+    """Writes scalars, texts, histograms and settings of one run; a context manager.
 
     Each (round, stage) is a run of its own in TensorBoard (`round_001/consolidate`), so that the
     curves of successive rounds lie over each other. Round 0 is for what belongs to the whole run.
@@ -35,6 +39,7 @@ class Metrics:
 
     def __init__(self, workdir: Workdir, tensorboard: bool = True):
         self._path = workdir.metrics_file
+        self._name = workdir.root.absolute().name
         self._tensorboard = workdir.tensorboard if tensorboard else None
         self._writers: dict[Path, EventFileWriter] = {}
         # A kill may have left half a line behind: it was never a metric.
@@ -92,6 +97,50 @@ class Metrics:
         metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
         value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
         self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+
+    def histogram(
+        self, tag: str, step: int, values: Sequence[float], stage: str, round: int = 0
+    ) -> None:
+        """Show how `values` (not empty) are distributed, in TensorBoard alone."""
+        if self._tensorboard is not None:
+            summary = histogram_pb(tag, np.asarray(values, np.float64))
+            self._event(stage, round, step=int(step), summary=summary)
+
+    def image(self, tag: str, step: int, png: bytes, stage: str, round: int = 0) -> None:
+        """Show a PNG in TensorBoard."""
+        if self._tensorboard is not None:
+            width, height = struct.unpack(">II", png[16:24])  # the header comes first in every PNG
+            shown = summary_pb2.Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=png
+            )
+            value = summary_pb2.Summary.Value(tag=tag, image=shown)
+            self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+
+    def settings(
+        self, fields: Mapping[str, object], results: Mapping[str, float], step: int
+    ) -> None:
+        """Put the run's settings beside its results in TensorBoard's HPARAMS view.
+
+        Args:
+          fields: dotted config path -> value; what is no number, text or flag is shown as JSON.
+          results: the run's numbers so far, e.g. the pass rate after the last round.
+          step: the round they were measured after.
+        """
+        if self._tensorboard is None:
+            return
+        shown = {
+            path: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for path, value in fields.items()
+        }
+        # The run's name joins what a resumed run writes to what was there before.
+        self._event("hparams", 0, summary=hparams_pb(shown, trial_id=self._name))
+        summary = summary_pb2.Summary(
+            value=[
+                summary_pb2.Summary.Value(tag=name, simple_value=value)
+                for name, value in results.items()
+            ]
+        )
+        self._event("hparams", 0, step=int(step), summary=summary)
 
     def rewind(self, stage: str, round: int, step: int) -> None:
         """Forget the rows of (stage, round) after `step`: they are about to be computed again."""

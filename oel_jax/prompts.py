@@ -212,6 +212,20 @@ def with_knowledge(prompt: str, knowledge: str) -> str:
     return _fill(KNOWLEDGE_HEAD, {"{experience}": knowledge}) + prompt[len(HEAD) :]
 
 
+def without_knowledge(prompt: str, knowledge: str) -> str:
+    """What `with_knowledge` made `prompt` of.
+
+    Raises UserError when the prompt does not start with that knowledge.
+    """
+    start = _fill(KNOWLEDGE_HEAD, {"{experience}": knowledge}) if knowledge else HEAD
+    if not prompt.startswith(start):
+        raise UserError(
+            "a prompt does not begin with the knowledge that was drawn for it; the round's texts "
+            f"have changed since it was played. It begins with {prompt[:80]!r}"
+        )
+    return HEAD + prompt[len(start) :]
+
+
 def math_prompt(problem: str, knowledge: str = "") -> str:
     """The user message for a mathematics problem (spec 10.3); without knowledge the problem."""
     if not knowledge:

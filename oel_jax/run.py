@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import ml_collections
@@ -22,6 +23,16 @@ from oel_jax.workdir import Workdir
 LANES = 4  # knowledge texts that are played with at the same time, at most
 
 
+class Shelf(Protocol):
+    """Finished work of other runs, see `oel_jax/studies/shelf.py`."""
+
+    def take(self, run: "Run", round_number: int, stage: str) -> list[Path] | None:
+        """Put what is there of a stage into the run; its files if that is all of it."""
+
+    def put(self, run: "Run", round_number: int, stage: str) -> None:
+        """Offer a finished stage."""
+
+
 @dataclass
 class Run:
     """One run in its workdir.
@@ -31,12 +42,14 @@ class Run:
       workdir: names of all files, record of finished stages.
       metrics: TensorBoard and metrics.jsonl.
       mesh: axes ('fsdp', 'tp').
+      shelf: in a study, where runs find stages that another run has finished with equal inputs.
     """
 
     config: ml_collections.ConfigDict
     workdir: Workdir
     metrics: Metrics
     mesh: jax.sharding.Mesh
+    shelf: Shelf | None = None
 
     def policy_directory(self, round_number: int) -> Path:
         """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
@@ -126,6 +139,19 @@ class Run:
     def progress(self, total: int, unit: str, label: str, done: int = 0) -> Progress:
         """Console progress with rate and ETA."""
         return Progress(total, unit, label, every=self.config.log.console_every, done=done)
+
+
+def keep_compiled(setting: str) -> None:
+    """Keep compiled programs between runs, so that only the first run pays for them.
+
+    Args:
+      setting: `config.compilation_cache`.
+    """
+    if setting == "off":
+        return
+    path = Path(setting) if setting else Path.home() / ".cache" / "oel_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def start_directory(config: ml_collections.ConfigDict) -> Path:

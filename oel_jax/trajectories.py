@@ -8,7 +8,8 @@ A file is JSON Lines in UTF-8: one finished game per line, lines ending in "\\n"
     seed      integer in [0, 2^63): which board or conversation it was
     policy    string, which model played, for instance "round_001"; not empty
     round     integer from 1
-    purpose   "extract" (knowledge is drawn from it) or "deploy" (its prefixes are trained on)
+    purpose   "extract" (knowledge is drawn from it), "deploy" (its prefixes are trained on) or
+              "demonstrate" (played with knowledge, for the off-policy baselines)
     chain     integer from 0, or null: extraction chain
     step      integer from 0, or null: extraction step or deploy step
     turns     list, not empty; per turn:
@@ -40,7 +41,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from .errors import UserError
 
 SCHEMA = "oel.trajectory/1"
-PURPOSES = ("extract", "deploy")
+PURPOSES = ("extract", "deploy", "demonstrate")
 _MAX_ID = 2**31
 _MAX_SEED = 2**63
 

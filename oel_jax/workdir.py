@@ -5,12 +5,13 @@
       manifest.json   finished stages with size and SHA-256 of their files; config changes
       round_001/
         deploy/       extract_chain_00.jsonl .. (games for knowledge), step_001.jsonl .. (prefixes)
+        demonstrate/  step_001.jsonl .. (played with knowledge; off-policy baselines only)
         knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
         consolidate/  Orbax checkpoints inside the round
         policy/       the model handed to the next round, as a Hugging Face directory
-        evaluate/     consolidated.json, in_context.json, ...
+        evaluate/     consolidated.json, in_context.json, ..., and *.samples.json: some games
       evaluate/start.json   the starting model
-      tensorboard/  metrics.jsonl  summary.json
+      tensorboard/  metrics.jsonl  summary.json  report.html
 
 A stage is finished when the manifest says so and its files are there with the recorded sizes. Every
 JSON file is replaced atomically, so a kill at any instant leaves the old or the new version. Paths
@@ -32,6 +33,17 @@ from typing import Any
 from oel_jax.errors import UserError
 
 SCHEMA = "oel.workdir/1"
+
+# Stages of a round, in order.
+STAGES = ("deploy", "extract", "demonstrate", "consolidate", "evaluate")
+
+
+def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages a run with this config has: only the off-policy baselines demonstrate."""
+    if config["consolidate"].get("mode", "on_policy") != "on_policy":
+        return STAGES
+    return tuple(stage for stage in STAGES if stage != "demonstrate")
+
 
 # Config fields (or groups of them) that may differ when a run goes on, each with the reason.
 FREE_FIELDS = {
@@ -94,6 +106,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
+def samples_of(evaluation: Path) -> Path:
+    """Whole games of an evaluation, beside its result: start.json -> start.samples.json."""
+    return evaluation.with_suffix(".samples.json")
+
+
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted path -> (old, new) of every field that differs; an absent field counts as None."""
     before, after = _flatten(old), _flatten(new)
@@ -114,12 +131,51 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_free(path: str) -> bool:
+def is_free(path: str) -> bool:
+    """Whether a config field may differ when a run goes on (see `FREE_FIELDS`)."""
     return any(path == free or path.startswith(free + ".") for free in FREE_FIELDS)
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def lock_directory(root: Path) -> int:
+    """Create a workdir if need be and take its lock; returns the descriptor that holds it.
+
+    Raises:
+      UserError: the directory cannot be created or written, or belongs to a running process.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell (root, read-only mounts, full disks): write something.
+        with tempfile.NamedTemporaryFile(dir=root, prefix=".write_test.") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        hint = "it is a file" if root.is_file() else error.strerror
+        raise UserError(
+            f"--workdir={root} cannot be written: {hint}; choose a directory that you may write to"
+        ) from error
+    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"--workdir={root} is in use by process {owner}; wait for it, stop it, or use another "
+            "--workdir"
+        ) from error
+    except OSError as error:
+        os.close(lock)
+        raise UserError(
+            f"--workdir={root} cannot be locked ({error.strerror}); use a --workdir on a file "
+            "system with file locks"
+        ) from error
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode("ascii"))
+    return lock
 
 
 class Workdir:
@@ -154,6 +210,11 @@ class Workdir:
         return self.root / "summary.json"
 
     @property
+    def report_file(self) -> Path:
+        """The report page: one HTML file, written again after each round."""
+        return self.root / "report.html"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
@@ -161,6 +222,11 @@ class Workdir:
     def start_evaluation(self) -> Path:
         """Evaluation of the starting model."""
         return self.root / "evaluate" / "start.json"
+
+    @property
+    def start_skills(self) -> Path:
+        """Other skills of the starting model (`config.evaluate.skills`)."""
+        return self.root / "evaluate" / "start_skills.json"
 
     def round(self, number: int) -> Path:
         """Directory of a round, counted from 1."""
@@ -175,6 +241,10 @@ class Workdir:
     def deploy_games(self, round_number: int, step: int) -> Path:
         """Games whose prefixes are optimizer step `step` (from 1): one trajectory per line."""
         return self.round(round_number) / "deploy" / f"step_{step:03d}.jsonl"
+
+    def demonstrations(self, round_number: int, step: int) -> Path:
+        """Games that P_r played with knowledge, for optimizer step `step` (off-policy modes)."""
+        return self.round(round_number) / "demonstrate" / f"step_{step:03d}.jsonl"
 
     def knowledge_step(self, round_number: int, chain: int, step: int) -> Path:
         """Knowledge of chain `chain` (from 0) after `step` trajectories (from 1)."""
@@ -210,8 +280,7 @@ class Workdir:
           UserError: the directory cannot be created or written, belongs to a running process, is
             not a workdir, or holds a run with another config (fields listed old -> new).
         """
-        self._make_writable()
-        self._take_lock()
+        self._lock = lock_directory(self.root)
         try:
             config = json.loads(json.dumps(config, allow_nan=False))
             if self.config_file.exists():
@@ -245,47 +314,12 @@ class Workdir:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_writable(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            # Permission bits do not tell (root, read-only mounts, full disks): write something.
-            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".write_test.") as file:
-                file.write(b"x")
-                file.flush()
-        except OSError as error:
-            hint = "it is a file" if self.root.is_file() else error.strerror
-            raise UserError(
-                f"--workdir={self.root} cannot be written: {hint}; choose a directory that you may "
-                "write to"
-            ) from error
-
-    def _take_lock(self) -> None:
-        lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(lock)
-            raise UserError(
-                f"--workdir={self.root} is in use by process {owner}; wait for it, stop it, or use "
-                "another --workdir"
-            ) from error
-        except OSError as error:
-            os.close(lock)
-            raise UserError(
-                f"--workdir={self.root} cannot be locked ({error.strerror}); use a --workdir on a "
-                "file system with file locks"
-            ) from error
-        os.ftruncate(lock, 0)
-        os.write(lock, f"{os.getpid()}\n".encode("ascii"))
-        self._lock = lock
-
     def _compare_config(self, config: dict[str, Any], allow_change: bool) -> None:
         old = read_json(self.config_file)
         if not isinstance(old, dict):
             raise UserError(f"{self.config_file} is not a config; restore it or delete it")
         changes = changed_fields(old, config)
-        refused = {path: pair for path, pair in changes.items() if not _is_free(path)}
+        refused = {path: pair for path, pair in changes.items() if not is_free(path)}
         if refused and not allow_change:
             lines = "\n".join(
                 f"  config.{path}: {_show(before)} -> {_show(after)}"
@@ -323,7 +357,7 @@ class Workdir:
         if entry is None:
             raise UserError(f"{self.root}: stage {stage} of round {round_number} is not finished")
         for path, _, digest in self._recorded(entry):
-            if not path.is_file() or _sha256(path) != digest:
+            if not path.is_file() or sha256(path) != digest:
                 raise UserError(
                     f"{path} is missing or has changed since stage {stage} of round {round_number} "
                     "was finished; restore it, or delete it to have the stage done again"
@@ -344,7 +378,7 @@ class Workdir:
             for file in inside:
                 relative = file.absolute().relative_to(self.root.absolute()).as_posix()
                 recorded.append(
-                    {"path": relative, "size": file.stat().st_size, "sha256": _sha256(file)}
+                    {"path": relative, "size": file.stat().st_size, "sha256": sha256(file)}
                 )
         entry = {
             "round": round_number,
@@ -413,6 +447,7 @@ def _show(value: Any) -> str:
     return "(absent)" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

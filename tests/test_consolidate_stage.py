@@ -5,13 +5,19 @@ import json
 import random
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_run import contents, copy_of, go, opened, tiny_config
 
+from oel_jax import nano, rollouts
+from oel_jax.distill.reference import divergence
 from oel_jax.errors import UserError
+from oel_jax.lm.language_model import load_model
 from oel_jax.metrics import read as read_metrics
+from oel_jax.parallel.mesh import make_mesh
+from oel_jax.prompts import HEAD
 from oel_jax.trajectories import prefixes, read
 from oel_jax.workdir import read_json, write_json
 
@@ -186,7 +192,103 @@ def test_rollouts_read_their_common_beginning_once(finished_run, tmp_path, monke
     monkeypatch.setattr(module, "plan", watched_plan)
     for least in (1, 10_000):
         work = copy_of(finished_run, tmp_path / str(least), "consolidate", "evaluate")
-        monkeypatch.setattr(module, "SHARED_FROM", least)
+        monkeypatch.setattr(rollouts, "SHARED_FROM", least)
         go(work, tiny_config(consolidate__steps=1), ["consolidate"], change=True)
     assert made[0].encoded < made[1].encoded
     assert answers[0] == answers[1]
+
+
+# --- off-policy baselines -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demonstrated_run(finished_run, tmp_path_factory):
+    """The finished run's games and knowledge, then demonstrations and off-policy distillation."""
+    work = tmp_path_factory.mktemp("off") / "run"
+    copy_of(finished_run, work, "consolidate", "evaluate")
+    go(work, tiny_config(**OFF_POLICY), ["demonstrate"], change=True)
+    return work
+
+
+OFF_POLICY = dict(consolidate__mode="off_policy", loss__divergence="forward")
+OFF_POLICY |= dict(loss__support="teacher")
+
+
+def test_the_demonstrator_reads_the_knowledge_of_each_game(demonstrated_run):
+    texts = read_json(demonstrated_run / "round_001" / "knowledge" / "knowledge.json")["texts"]
+    for step in (1, 2, 3):
+        games = read(demonstrated_run / "round_001" / "demonstrate" / f"step_{step:03d}.jsonl")
+        played = read(demonstrated_run / "round_001" / "deploy" / f"step_{step:03d}.jsonl")
+        assert [game.seed for game in games] == [game.seed for game in played]  # the same boards
+        rng = random.Random(step + 1000)
+        for game in games:
+            text = texts[rng.choice([0, 1])]
+            assert game.purpose == "demonstrate"
+            assert all(text in turn.prompt for turn in game.turns)
+
+
+@pytest.mark.parametrize("mode", ["off_policy", "sft"])
+def test_demonstrated_answers_are_learned_behind_the_plain_prompt(
+    demonstrated_run, tmp_path, samples, mode
+):
+    work = copy_of(demonstrated_run, tmp_path / "run")
+    changes = OFF_POLICY | {"consolidate__mode": mode}
+    go(work, tiny_config(**changes), ["consolidate"], change=True)
+    for step, batch in enumerate(samples, 1):
+        games = read(work / "round_001" / "demonstrate" / f"step_{step:03d}.jsonl")
+        turns = [turn for game in games for turn in game.turns]
+        assert [list(s.response) for s in batch] == [list(turn.response_ids) for turn in turns]
+        for sample, turn in zip(batch, turns, strict=True):
+            assert len(sample.prompt) < len(turn.prompt_ids)
+            # What the teacher reads is what the demonstrator read.
+            assert sample.shared + len(sample.suffix) == len(turn.prompt_ids)
+            assert list(sample.suffix) == list(turn.prompt_ids[sample.shared :])
+    rows = [r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "consolidate"]
+    losses = [row["values"]["loss"] for row in rows]
+    assert len(losses) == 3 and "log_prob_gap" not in rows[0]["values"]
+    before, after = (weights(d) for d in (nano.MODEL_DIR, work / "round_001" / "policy"))
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_the_loss_of_the_first_step_is_the_mode_s_own(demonstrated_run, tmp_path, samples):
+    """From the files alone: plain forward KL and plain cross entropy, one answer at a time."""
+    model = load_model(nano.MODEL_DIR, dtype="float32", mesh=make_mesh(1, 1, jax.devices()[:1]))
+    expected = {"off_policy": [], "sft": []}
+    for game in read(demonstrated_run / "round_001" / "demonstrate" / "step_001.jsonl"):
+        for turn in game.turns:
+            marker = "Current situation:\n"
+            situation = turn.prompt[turn.prompt.index(marker) + len(marker) :]
+            plain = model.tokenizer.chat(HEAD + situation, thinking=True)
+            response = list(turn.response_ids)
+            z_s, z_t = (
+                model.logits([[*ids, *response]])[0, len(ids) - 1 : -1]
+                for ids in (plain, list(turn.prompt_ids))
+            )
+            for mode, kind in (("off_policy", "forward"), ("sft", "nll")):
+                expected[mode] += divergence(
+                    z_s, z_t, np.array(response), top_k=16, temperature=0.7, kind=kind,
+                    support="teacher",
+                ).tolist()  # fmt: skip
+    for mode, values in expected.items():
+        work = copy_of(demonstrated_run, tmp_path / mode)
+        changes = OFF_POLICY | {"consolidate__mode": mode}
+        go(work, tiny_config(**changes), ["consolidate"], change=True)
+        row = next(r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "consolidate")
+        assert row["values"]["loss"] == pytest.approx(np.mean(values), rel=1e-3)
+
+
+def test_demonstrations_of_other_knowledge_are_refused(demonstrated_run, tmp_path):
+    work = copy_of(demonstrated_run, tmp_path / "run")
+    pool = work / "round_001" / "knowledge" / "knowledge.json"
+    record = read_json(pool)
+    record["texts"] = ["- EXPERIENCE ITEM: H wins.", "- EXPERIENCE ITEM: G loses."]
+    write_json(pool, record)
+    with opened(work, tiny_config(**OFF_POLICY), change=True) as run:
+        with pytest.raises(UserError, match=r"step_001\.jsonl: game 1: .*knowledge that was drawn"):
+            module.consolidate(run, 1)
+
+
+def test_consolidation_waits_for_the_demonstrations(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    with pytest.raises(UserError, match="consolidate needs demonstrate first"):
+        go(work, tiny_config(**OFF_POLICY), ["consolidate"], change=True)

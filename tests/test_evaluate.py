@@ -122,9 +122,9 @@ def test_knowledge_in_context_is_dealt_out_by_seed_and_by_n(finished_run, tmp_pa
     # n of the curve that is also the n of the round is measured once; all points are on record.
     names = contents(work, "round_001/evaluate/*")
     assert {name.rsplit("/")[-1] for name in names} == {
-        "curve_001.json",
-        "in_context.json",
-        "consolidated.json",
+        name + end
+        for name in ("curve_001", "in_context", "consolidated")
+        for end in (".json", ".samples.json")
     }
     rows = [r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "evaluate_in_context"]
     assert [row["step"] for row in rows] == [1, 2]

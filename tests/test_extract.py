@@ -10,10 +10,13 @@ from tiny_run import contents, copy_of, opened, tiny_config
 
 from oel_jax import knowledge
 from oel_jax.errors import UserError
+from oel_jax.experience import check_other_run
 from oel_jax.extract import extract
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import read as read_metrics
+from oel_jax.prompts import extraction_history
+from oel_jax.trajectories import read
 from oel_jax.workdir import read_json
 
 LATER = ("extract", "consolidate", "evaluate")
@@ -183,3 +186,44 @@ def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message
         extracted(finished_run, work)
     assert str(path) in str(caught.value) and message in str(caught.value)
     assert not texts(work)
+
+
+# --- experience that no extractor writes ----------------------------------------------------------
+
+
+def test_raw_trajectories_are_the_newest_games_that_fit(finished_run, tmp_path):
+    work = tmp_path / "run"
+    extracted(finished_run, work, extract__experience="raw", extract__l_max=10_000)
+    for chain in range(2):
+        games = read(work / "round_001" / "deploy" / f"extract_chain_{chain:02d}.jsonl")
+        whole = ""
+        for step, game in enumerate(games, 1):
+            turns = [(turn.observation, turn.response) for turn in game.turns]
+            whole += extraction_history(turns, game.outcome)
+            record = read_json(
+                work / "round_001" / "knowledge" / f"chain_{chain:02d}" / f"step_{step:03d}.json"
+            )
+            assert record["text"] == whole and record["response_tokens"] == 0
+    short = tmp_path / "short"
+    extracted(finished_run, short, extract__experience="raw")  # l_max 48
+    count = load_tokenizer(tiny_config().model.path).encode
+    for text in read_json(short / "round_001" / "knowledge" / "knowledge.json")["texts"]:
+        assert 0 < len(count(text)) <= 48 and text.endswith("\n") and "Round0_Input" not in text
+
+
+def test_texts_of_another_run(finished_run, tmp_path):
+    work = tmp_path / "run"
+    ours = extracted(finished_run, work, extract__knowledge_from=str(finished_run))
+    assert ours == texts(finished_run)
+
+
+def test_another_run_that_cannot_serve(finished_run, tmp_path):
+    for changes, message in (
+        ({"rounds": 2}, "round 2 has no finished extract stage"),
+        ({"extract__chains": 3}, r"config\.extract\.chains=2, this run wants 3"),
+    ):
+        config = tiny_config(extract__knowledge_from=str(finished_run), **changes)
+        with pytest.raises(UserError, match=message):
+            check_other_run(config)
+    with pytest.raises(UserError, match=r"config\.extract\.knowledge_from=.*there is no run"):
+        check_other_run(tiny_config(extract__knowledge_from=str(tmp_path / "none")))

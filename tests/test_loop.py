@@ -148,7 +148,7 @@ def test_a_finished_run_computes_nothing_again(finished_run, tmp_path, monkeypat
     go(work, tiny_config())
     after = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     changed = {path.name for path in after if before.get(path) != after[path]}
-    assert changed <= {"summary.json", ".lock", "metrics.jsonl"}
+    assert changed <= {"summary.json", "report.html", ".lock", "metrics.jsonl"}
     table = capsys.readouterr().out
     for words in ("before, without knowledge", "a random policy passes 1.69%, perfect play 100.0%"):
         assert words in table

@@ -5,6 +5,8 @@ import json
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from tensorboard.util import tensor_util
 
 from oel_jax.errors import UserError
 from oel_jax.metrics import Metrics, Progress, duration, printable, read, table
@@ -43,6 +45,34 @@ def test_tensorboard_reads_scalars_and_texts_back(tmp_path):
     assert event.tensor_proto.string_val[0] == b"    - H loses\n    - <b>G</b> wins"
     events = EventAccumulator(str(w.tensorboard / "run" / "evaluate")).Reload()
     assert events.Scalars("evaluate/pass_rate")[0].step == 2
+
+
+def test_tensorboard_reads_histograms_and_settings_back(tmp_path):
+    w = Workdir(tmp_path / "run")
+    w.root.mkdir()
+    lengths = [20, 26, 26, 26]
+    for number in (1, 2):  # a resumed run writes into the same group
+        with Metrics(w) as metrics:
+            metrics.histogram("response_tokens", number, lengths, "evaluate_start")
+            fields = {"loss.top_k": 16, "model.thinking": True, "evaluate.curve": [1, 5]}
+            metrics.settings(fields, {"final/pass_rate": number / 4}, step=number)
+    events = EventAccumulator(str(w.tensorboard / "run" / "evaluate_start")).Reload()
+    buckets = tensor_util.make_ndarray(events.Tensors("response_tokens")[0].tensor_proto)
+    assert buckets[:, 2].sum() == 4 and (buckets[0, 0], buckets[-1, 1]) == (20, 26)
+    assert buckets[0, 2] == 1 and buckets[-1, 2] == 3
+    events = EventAccumulator(str(w.tensorboard / "run" / "hparams")).Reload()
+    finals = {event.step: event.value for event in events.Scalars("final/pass_rate")}
+    assert finals == {1: 0.25, 2: 0.5}
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = parse_session_start_info_plugin_data(content)
+    assert started.group_name == "run"
+    assert started.hparams["loss.top_k"].number_value == 16
+    assert started.hparams["model.thinking"].bool_value is True
+    assert started.hparams["evaluate.curve"].string_value == "[1, 5]"
+    with Metrics(w, tensorboard=False) as metrics:
+        metrics.settings({}, {}, step=1)
+        metrics.histogram("x", 1, [1.0], "evaluate")
+    assert not (w.tensorboard / "run" / "evaluate").exists()
 
 
 def test_a_rewound_run_equals_an_uninterrupted_one(tmp_path):

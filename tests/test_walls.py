@@ -78,7 +78,9 @@ def violations(root, rooms, forbidden, *, when_imported=False):
     return broken
 
 
-@pytest.mark.parametrize("room", ["extract", "consolidate", "lm", "distill", "parallel"])
+@pytest.mark.parametrize(
+    "room", ["extract", "experience", "consolidate", "rollouts", "lm", "distill", "parallel"]
+)
 def test_the_server_side_never_imports_a_game(room):
     assert violations(ROOT, [room], [f"{PACKAGE}.games", "textarena"]) == []
 

@@ -1,0 +1,119 @@
+"""The answers a consolidation step learns from: the student's own, or a demonstrator's.
+
+`on_policy` is the method (spec 8.1): the student answers all prefixes of a step without knowledge.
+`demonstrated` is the off-policy baseline (spec 10.2): P_r has already played with knowledge in its
+prompt, and those answers are read from files. Either way the teacher reads the same answers behind
+its own prompt, which carries the knowledge text that was drawn. Nothing here touches a game.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oel_jax import prompts
+from oel_jax.distill.packing import Sample
+from oel_jax.distill.step import cast
+from oel_jax.distill.teacher import Teacher
+from oel_jax.errors import UserError
+from oel_jax.experience import drawn_texts
+from oel_jax.lm.language_model import DTYPES, LanguageModel
+from oel_jax.lm.prefix import SHARED_FROM, shared_start
+from oel_jax.lm.requests import Request
+from oel_jax.lm.sampler import Sampler
+from oel_jax.run import Run
+from oel_jax.trajectories import Prefix, prefixes, read
+
+
+def header(first: Sequence[Prefix]) -> tuple[int, ...]:
+    """Ids that the prompts of the first step begin with: read once a step for all rollouts."""
+    ids = shared_start([prefix.prompt_ids for prefix in first])
+    return ids if len(ids) >= SHARED_FROM else ()
+
+
+def on_policy(
+    run: Run,
+    round_number: int,
+    number: int,
+    params: Any,
+    teacher: Teacher,
+    head: tuple[int, ...],
+    sampler: Sampler,
+) -> tuple[list[Sample], int]:
+    """The student's answers to all prefixes of step `number`; and how many stopped by themselves.
+
+    Args:
+      params: the student's float32 masters.
+      head: `header` of the first step's prefixes.
+    """
+    settings = run.config.consolidate
+    path = run.workdir.deploy_games(round_number, number)
+    batch = prefixes(read(path))
+    if settings.drop_remainder:
+        batch = batch[: len(batch) - len(batch) % settings.drop_remainder]
+    _check_ids(path, batch, teacher.model)
+    requests = [
+        Request(
+            prefix.prompt_ids,
+            run.key("consolidate", round_number, number, index),
+            run.config.sampler.max_response,
+            prefix=head,
+        )
+        for index, prefix in enumerate(batch)
+    ]
+    # The sampler reads the trainer's own arrays; in bfloat16, one cast of them.
+    weights = params
+    if run.config.model.dtype != "float32":
+        weights = cast(params, DTYPES[run.config.model.dtype])
+    sampler.forget()  # the weights have changed
+    answers = sampler.generate(weights, requests)
+    drawn = drawn_texts(round_number, number, len(batch), len(teacher.texts))
+    samples = []
+    for prefix, text, answer in zip(batch, drawn, answers, strict=True):
+        shared, suffix = teacher.split(text, prefix.prompt)
+        samples.append(
+            Sample(prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text)
+        )
+    return samples, sum(answer.stopped for answer in answers)
+
+
+def demonstrated(
+    run: Run, round_number: int, number: int, teacher: Teacher
+) -> tuple[list[Sample], int]:
+    """What P_r answered with knowledge in its prompt, as answers to the prompts without it.
+
+    Raises:
+      UserError: a prompt does not begin with the text that was drawn for its game.
+    """
+    path = run.workdir.demonstrations(round_number, number)
+    games = read(path)
+    batch = prefixes(games)
+    _check_ids(path, batch, teacher.model)
+    drawn = drawn_texts(round_number, number, len(games), len(teacher.texts))
+    tokenizer, thinking = teacher.model.tokenizer, run.config.model.thinking
+    samples, stopped = [], 0
+    for prefix in batch:
+        text = drawn[prefix.game]
+        try:
+            plain = prompts.without_knowledge(prefix.prompt, teacher.texts[text])
+        except UserError as error:
+            raise UserError(f"{path}: game {prefix.game + 1}: {error}") from error
+        response = games[prefix.game].turns[prefix.turn].response_ids
+        shared, suffix = teacher.split(text, plain)
+        # The sampler's log-probabilities are those of another prompt: there is nothing to compare.
+        none = np.zeros(len(response), np.float32)
+        ids = tokenizer.chat(plain, thinking=thinking)
+        samples.append(Sample(ids, suffix, shared, response, none, text))
+        stopped += response[-1] in tokenizer.stop_ids
+    return samples, stopped
+
+
+def _check_ids(path: Path, batch: Sequence[Prefix], model: LanguageModel) -> None:
+    """Ids come from a file: refuse what this model cannot have read."""
+    highest = max((max(prefix.prompt_ids) for prefix in batch), default=0)
+    if highest >= model.cfg.vocab_size:
+        raise UserError(
+            f"{path}: prompt id {highest} does not exist in {model.directory} (vocabulary "
+            f"{model.cfg.vocab_size}); the trajectories come from another model: deploy this one"
+        )
