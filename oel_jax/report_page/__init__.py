@@ -1,0 +1,1 @@
+"""Pieces of the report page: what is read (`data`), drawn (`charts`) and written (`sections`)."""
