@@ -1,0 +1,246 @@
+"""Run a study: `python -m oel_jax.study --study=configs/studies/table1.py --workdir=runs/table1`.
+
+A study compares variants of a config, each with several loop seeds. Every variant and seed is an
+ordinary run in WORKDIR/VARIANT/seed_S; what runs have in common is done once. The same command goes
+on where the last one stopped. It ends with tables, results.csv, results.json and plots/.
+
+    --study=FILE.py:PRESET     another preset of the study, e.g. the paper's own model
+    --seeds=1,2,3              other loop seeds; more of them extend a study
+    --config.FIELD=VALUE       another value for every variant, e.g. --config.model.path=DIR
+    --check                    exit status 1 when an expectation did not hold
+
+Exit status: 0; 1 when a run failed or --check found something; 2 for what the user can mend.
+"""
+
+import argparse
+import ast
+import gc
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from oel_jax.config import as_json
+from oel_jax.errors import UserError
+from oel_jax.metrics import printable
+from oel_jax.studies.plan import (
+    Expectation,
+    Measure,
+    Other,
+    Planned,
+    Plot,
+    Study,
+    Variant,
+    load,
+    load_config,
+    runs,
+)
+from oel_jax.workdir import Workdir, lock_directory, read_json, write_bytes, write_json
+
+__all__ = ["Expectation", "Measure", "Other", "Plot", "Study", "Variant", "load_config", "run"]
+
+SCHEMA = "oel.study/1"
+MANY_MAPS = 20_000  # memory maps of compiled programs; Linux allows a process 65,530
+
+
+def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple[bool, bool]:
+    """Do what is missing of a study and write its results.
+
+    Args:
+      study: from `oel_jax.studies.plan.load`.
+      root: workdir of the study.
+      devices: JAX devices to use; None for all.
+
+    Returns:
+      (whether every run was finished, whether every expectation held).
+
+    Raises:
+      UserError: what is wrong before anything is run, naming study, variant and field.
+    """
+    planned = runs(study, root)
+    with _owned(root, study):
+        _check_old_runs(planned)
+        _check_models(planned, devices)
+        failed = _run_all(planned, root, devices)
+        # Imported late: matplotlib takes a second, and bad input should answer at once.
+        from oel_jax.studies.plots import draw
+        from oel_jax.studies.results import Results
+
+        results = Results(study, planned, failed)
+        write_json(root / "results.json", results.as_json())
+        write_bytes(root / "results.csv", results.csv().encode("utf-8"))
+        plots = draw(results, root / "plots")
+    print(f"\n=== study {study.name}:{study.preset} ===\n\n{results.text()}\n")
+    print(f"files: {root / 'results.csv'}, {root / 'results.json'}, {len(plots)} plots in", end=" ")
+    print(f"{root / 'plots'}   curves: tensorboard --logdir {root}")
+    return not failed, all(verdict.held for verdict in results.verdicts)
+
+
+@contextmanager
+def _owned(root: Path, study: Study) -> Iterator[None]:
+    """Hold the workdir of this study; UserError if it is another's or in use."""
+    mark, file = (
+        {"schema": SCHEMA, "study": study.name, "preset": study.preset},
+        root / "study.json",
+    )
+    if file.exists():
+        old = read_json(file)
+        if old != mark:
+            before = f"{old.get('study')}:{old.get('preset')}" if isinstance(old, dict) else "?"
+            raise UserError(
+                f"--workdir={root} holds the study {before}, not {study.name}:{study.preset}; it "
+                "is not overwritten: use another --workdir"
+            )
+    elif root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
+        raise UserError(f"--workdir={root} is not empty and holds no study; use another --workdir")
+    lock = lock_directory(root)
+    try:
+        write_json(file, mark)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _check_old_runs(planned: Sequence[Planned]) -> None:
+    """UserError if a run of this workdir was begun with another config."""
+    for one in planned:
+        if Workdir(one.workdir).config_file.exists():
+            with Workdir(one.workdir).open(as_json(one.config)):
+                pass
+
+
+def _check_models(planned: Sequence[Planned], devices: Sequence[Any] | None) -> None:
+    """UserError if a model or a run to take knowledge from is missing or does not fit."""
+    from oel_jax.experience import check_other_run
+    from oel_jax.lm.huggingface import resolve
+    from oel_jax.lm.language_model import bundled
+    from oel_jax.parallel.mesh import make_mesh
+    from oel_jax.run import check_model, start_directory
+    from oel_jax.skills import check_skills
+
+    for one in {run.variant.name: run for run in planned}.values():
+        config, name = one.config, one.variant.name
+        try:
+            mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
+            check_model(config, start_directory(config), mesh)
+            check_skills(config)
+        except UserError as error:
+            raise UserError(f"variant {name}, config.model.path: {error}") from error
+        try:
+            if config.extract.model_path:
+                check_model(config, resolve(bundled(config.extract.model_path)), mesh)
+        except UserError as error:
+            raise UserError(f"variant {name}, config.extract.model_path: {error}") from error
+        try:
+            if not one.needs:  # what the study makes itself is there when it is wanted
+                check_other_run(config)
+        except UserError as error:
+            raise UserError(f"variant {name}: {error}") from error
+
+
+def _run_all(
+    planned: Sequence[Planned], root: Path, devices: Sequence[Any] | None
+) -> dict[str, str]:
+    """Make all runs, one after the other; returns failed run -> message."""
+    from oel_jax.studies.shelf import Shelf
+
+    shelf, failed = Shelf(root), {}
+    for number, one in enumerate(planned, 1):
+        name = one.workdir.relative_to(root).as_posix()
+        print(f"\n##### {name} (run {number} of {len(planned)})")
+        record = one.workdir / "failure.txt"
+        lacking = [need for need in one.needs if f"{need}/seed_{one.seed}" in failed]
+        try:
+            if lacking:
+                raise UserError(f"it needs the run of {lacking[0]}, which failed")
+            _run_one(one, shelf, devices)
+            record.unlink(missing_ok=True)
+        except Exception as error:  # whatever it is, the other variants go on
+            failed[name] = printable(f"{type(error).__name__}: {error}")
+            write_bytes(record, traceback.format_exc().encode("utf-8", "replace"))
+            print(f"FAILED, the others go on: {failed[name]}\n(traceback: {record})")
+        _drop_compiled()
+    return failed
+
+
+def _run_one(one: Planned, shelf: Any, devices: Sequence[Any] | None) -> None:
+    """An ordinary run, with a shelf."""
+    from oel_jax.loop import learn
+    from oel_jax.metrics import Metrics
+    from oel_jax.parallel.mesh import make_mesh
+    from oel_jax.run import Run, keep_compiled
+
+    config = one.config
+    keep_compiled(config.compilation_cache)
+    mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
+    with Workdir(one.workdir).open(as_json(config)) as workdir:
+        with Metrics(workdir, config.log.tensorboard) as metrics:
+            learn(Run(config, workdir, metrics, mesh, shelf), one.variant.stages)
+
+
+def _drop_compiled() -> None:
+    """Give compiled programs back before the process has more memory maps than Linux allows."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+# --- command --------------------------------------------------------------------------------------
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"--seeds={text}: give integers such as --seeds=1,2,3") from None
+
+
+def _changes(arguments: Sequence[str]) -> dict[str, Any]:
+    """'--config.rounds=2' and the like; a value that is no Python literal is a text."""
+    changes: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise UserError(f"{argument!r} is no flag; fields are set by --config.FIELD=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        changes[name.removeprefix("--config.")] = value
+    return changes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oel_jax.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--study", required=True, help="FILE.py or FILE.py:PRESET")
+    parser.add_argument("--workdir", required=True, type=Path, help="of the study")
+    parser.add_argument("--seeds", default="", help="loop seeds, instead of the study's own")
+    parser.add_argument("--check", action="store_true", help="1 if an expectation did not hold")
+    given, rest = parser.parse_known_args(arguments)
+    try:
+        study = load(given.study, _seeds(given.seeds), _changes(rest))
+        print(study.about.partition("\n")[0])
+        finished, held = run(study, given.workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped. Finished work is kept; the same command goes on.", file=sys.stderr)
+        return 130
+    return 1 if not finished or (given.check and not held) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
