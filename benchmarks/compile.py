@@ -94,7 +94,7 @@ class Abstract:
         cfg = self.cfg
         shape = (cfg.num_layers, cfg.num_kv_heads, o.knowledge, cfg.head_dim)
         side = self.array(jnp.bfloat16, shape, None, "kv_heads", None, None)
-        return KeyValues(side, side), MicroBatch(*views, ids, *numbers)
+        return KeyValues(side, side), MicroBatch(*views, ids, *numbers, ids)
 
 
 def programs(shapes: Abstract) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -12,6 +12,7 @@ of ten knowledge texts at their cap 12 GB.
 import ml_collections
 
 from oel_jax import config as oel_config
+from oel_jax.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
@@ -31,4 +32,4 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.extract.l_max = 8192  # unstructured {2048}, structured {8192}
     c.consolidate.learning_rate = 1e-6  # {1e-6, 5e-6}
     c.consolidate.steps = 20  # {20, 100}
-    return oel_config.apply_preset(c, preset)
+    return apply_preset(c, preset)

@@ -15,6 +15,7 @@ Run time: about 13 minutes on one CPU core.
 import ml_collections
 
 from oel_jax import config as oel_config
+from oel_jax.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
@@ -53,4 +54,4 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
 
     c.loss.top_k = 64
     c.loss.chunk = 2048
-    return oel_config.apply_preset(c, preset)
+    return apply_preset(c, preset)

@@ -13,6 +13,7 @@ evaluation. Weights, teacher and AdamW need 64.3 GB; the KV of ten knowledge tex
 import ml_collections
 
 from oel_jax import config as oel_config
+from oel_jax.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
@@ -32,4 +33,4 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.extract.l_max = 8192  # unstructured {2048}, structured {8192}
     c.consolidate.learning_rate = 1e-6  # {1e-6, 5e-6}
     c.consolidate.steps = 100  # {20, 100}
-    return oel_config.apply_preset(c, preset)
+    return apply_preset(c, preset)

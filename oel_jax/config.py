@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from oel_jax import knowledge, negative_control, prompts
-from oel_jax.config_rules import HELD_OUT_BOARDS, PRESETS, rules
+from oel_jax.config_rules import HELD_OUT_BOARDS, rules
 from oel_jax.distill.choices import nonsense
 from oel_jax.errors import UserError
 
@@ -90,8 +90,16 @@ def default() -> ml_collections.ConfigDict:
     e.truncate = "tail"  # beyond l_max keep the newest lines ('tail') or the oldest ('head')
     e.draft_tokens = 0  # tokens drafted from the prompt's own text and verified in each pass
     e.model_path = ""  # extractor model; '' = the policy of the round
-    e.experience = "knowledge"  # or 'raw': whole games in its place, the newest that fit into l_max
+    # 'raw': whole games in its place, the newest that fit into l_max; 'none': empty texts (control)
+    e.experience = "knowledge"  # what the K texts are
     e.knowledge_from = ""  # workdir of another run whose texts of the same round are used instead
+    e.deduplicate = False  # leave out items that the chain's text already has
+    e.no_op = False  # tell the extractor how to say that a game teaches nothing new
+
+    c.preflight = p = ml_collections.ConfigDict()  # does knowledge help? before consolidation
+    p.games = 16  # boards played without knowledge and with each text; 0 = no pre-flight
+    p.on_harm = "warn"  # 'stop': end the run if the gain is surely below least_gain
+    p.least_gain = 0.0  # mean gain in pass rate that the texts should bring
 
     c.consolidate = t = ml_collections.ConfigDict()
     t.mode = "on_policy"  # or baselines: 'off_policy' (the teacher's games), 'sft' (their text)
@@ -110,6 +118,18 @@ def default() -> ml_collections.ConfigDict:
     t.remat = "layer"  # kept for the backward pass: 'none' = all, 'products', 'layer' = least
     t.knowledge_rng = "released"  # which text a prefix gets: random.Random(step + 1000 * round)
     t.moments_dtype = "float32"  # AdamW's first moment: 'float32' or 'bfloat16'
+    # Against collapse over many rounds; all off in the paper.
+    t.turn_fraction = 1.0  # learn from this share of turns: those where knowledge moves most
+    t.turn_floor = 0.0  # and only from turns where it moves the teacher by this (JSD, nats)
+    t.retention = "none"  # KL to the frozen teacher: 'plain' = both without knowledge, 'knowledge'
+    t.retention_weight = 0.1  # factor of that term
+    t.teacher = "frozen"  # 'ema' follows the student; 'trust_region' = a mixture with its logits
+    t.teacher_rate = 0.05  # of the average per step, or the student's share in the mixture
+
+    c.guard = ml_collections.ConfigDict()  # what stops a round and keeps its last good checkpoint
+    c.guard.response_tokens = ()  # (low, high) as factors of the run's first step; () = no guard
+    c.guard.entropy = ()  # the same for the student's entropy per token
+    c.guard.skill_drop = 0.0  # skill (evaluate.skills) may fall by this since the start; 0 = off
 
     c.loss = ml_collections.ConfigDict()
     c.loss.top_k = 256  # tokens of the support: those likeliest to loss.support
@@ -117,7 +137,8 @@ def default() -> ml_collections.ConfigDict:
     c.loss.divergence = "reverse"  # KL(student || teacher); or 'forward', 'jsd'
     c.loss.support = "student"  # whose top k: 'student', 'teacher', 'union', or 'full' vocabulary
     c.loss.correction = "none"  # mass outside: 'none' leaves it out, 'renorm', 'tail' = one entry
-    c.loss.aggregation = "token_mean"  # or 'seq_mean' (paper), 'micro_token_mean' (released)
+    # 'seq_mean' (paper), 'micro_token_mean' (released); 'trajectory_mean': a game, then all games
+    c.loss.aggregation = "token_mean"  # mean over all response tokens of a step
     c.loss.chunk = 512  # response tokens whose logits exist at the same time
 
     c.evaluate = v = ml_collections.ConfigDict()
@@ -130,54 +151,13 @@ def default() -> ml_collections.ConfigDict:
     v.unseen_split = True  # second pass rate over boards never met in deployment
     v.in_context = True  # also measure the policy with the round's knowledge in its prompt
     v.skills = False  # nano models: skills that OEL never trains, of start and consolidated policy
+    v.steps = ()  # optimizer steps inside a round after which the policy is kept and measured too
     v.curve = ()  # trajectories after which knowledge is measured in context, e.g. (1, 5, 25)
 
     c.log = ml_collections.ConfigDict()
     c.log.tensorboard = True  # write event files beside metrics.jsonl
     c.log.console_every = 5.0  # seconds between progress lines
     return c
-
-
-# Spec section 12: (row, field, value in the paper, value in the released code). A callable gets the
-# config. Rows without a field: 14 and 15 are TextArena's and the released rule for everyone, 17 are
-# separate protocols, 20 (bf16 log-probabilities) and 21 (optimizer lost on resume) are not copied.
-ROWS: tuple[tuple[int, str, Any, Any], ...] = (
-    (1, "deploy.games_per_step", 64, 128),
-    (2, "loss.aggregation", "seq_mean", "micro_token_mean"),
-    (3, "loss.temperature", 1.0, 0.7),
-    (3, "loss.correction", "none", "none"),
-    (4, "extract.trajectories", "shared", "per_chain"),
-    (5, "extract.outcome", "none", "full"),
-    (6, "extract.item_marker", "-- EXPERIENCE ITEM:", knowledge.MARKER),
-    (7, "extract.template_file", "paper", ""),
-    (8, "extract.unfinished_thought", "drop", "keep"),
-    (9, "extract.truncate", "head", "tail"),
-    (10, "evaluate.unseen_split", False, False),
-    (11, "evaluate.seed_mode", "independent", "constant"),
-    (12, "game.layout", "paper", "released"),  # row 13 is the same field
-    (16, "rounds", 3, lambda c: 2 if c.game.name == "frozen_lake" else 3),
-    (18, "consolidate.keep_fp32_master", False, False),
-    (19, "consolidate.drop_remainder", 0, 16),  # 16 = GPUs of the released scripts
-)
-
-
-def apply_preset(config: ml_collections.ConfigDict, name: str | None) -> ml_collections.ConfigDict:
-    """Set every row of spec section 12 to its 'paper' or 'released' column, in place.
-
-    'default', '' and None change nothing. Single fields can still be overridden afterwards.
-
-    Raises:
-      UserError: another name.
-    """
-    name = name or "default"
-    if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    config.preset = name
-    for _, path, paper, released in ROWS if name != "default" else ():
-        value = paper if name == "paper" else released
-        group, _, field = path.rpartition(".")
-        (config[group] if group else config)[field] = value(config) if callable(value) else value
-    return config
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -217,7 +197,8 @@ def chain_seeds(config: ml_collections.ConfigDict) -> list[int]:
 
 
 def extraction_template(config: ml_collections.ConfigDict) -> str | None:
-    """The extraction template with this config's item marker; None = the built-in one as it is.
+    """The extraction template with this config's item marker and, with `extract.no_op`, how to say
+    that there is nothing new; None = the built-in one as it is.
 
     Raises:
       UserError: `extract.template_file` cannot be read, or lacks one of the two slots.
@@ -229,9 +210,10 @@ def extraction_template(config: ml_collections.ConfigDict) -> str | None:
         text = {"v3": prompts.GAME_V3, "v4": prompts.GAME_V4}[e.version]
         if e.template_file == "paper":
             text = text.replace(*_PAPER_WORDING[e.version])
-        elif e.item_marker == knowledge.MARKER:
+        elif e.item_marker == knowledge.MARKER and not e.no_op:
             return None
-    return text.replace(knowledge.MARKER, e.item_marker)
+    text = text.replace(knowledge.MARKER, e.item_marker)
+    return f"{text.rstrip()}\n\n{knowledge.NO_OP_SENTENCE}\n" if e.no_op else text
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -303,11 +285,21 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
             f"{config.loss.support!r} and loss.correction={config.loss.correction!r} do not go "
             f"together: {wrong}"
         )
-    if e.experience == "raw" and (e.model_path or e.knowledge_from):
+    if e.experience != "knowledge" and (e.model_path or e.knowledge_from):
         unused = "model_path" if e.model_path else "knowledge_from"
-        _refuse(f"extract.{unused}", e[unused], "'' with config.extract.experience='raw'")
+        _refuse(
+            f"extract.{unused}", e[unused], f"'' with config.extract.experience={e.experience!r}"
+        )
+    if e.no_op and not e.previous:
+        _refuse(
+            "extract.no_op",
+            e.no_op,
+            "False with config.extract.previous=False, since an extractor that does not see the "
+            "previous knowledge cannot tell what is new",
+        )
     if e.knowledge_from and e.model_path:
         _refuse("extract.model_path", e.model_path, "'' with config.extract.knowledge_from")
+    _check_stability(config)
     if e.n > e.n_run:
         _refuse("extract.n", e.n, f"at most config.extract.n_run = {e.n_run}")
     if config.evaluate.curve and config.evaluate.curve[-1] > e.n_run:
@@ -336,13 +328,34 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_stability(config: ml_collections.ConfigDict) -> None:
+    """What keeps a run stable must fit the rest."""
+    t, v = config.consolidate, config.evaluate
+    if t.retention != "none" and t.teacher == "ema":
+        _refuse(
+            "consolidate.retention",
+            t.retention,
+            "'none' with config.consolidate.teacher='ema', since the frozen teacher that it holds "
+            "on to is not kept; use teacher='frozen' or 'trust_region'",
+        )
+    if t.mode == "sft" and t.teacher != "frozen":
+        _refuse("consolidate.teacher", t.teacher, "'frozen' with config.consolidate.mode='sft'")
+    if config.guard.skill_drop and not v.skills:
+        _refuse(
+            "guard.skill_drop", config.guard.skill_drop, "0, or set config.evaluate.skills=True"
+        )
+    if v.steps and v.steps[-1] >= t.steps:
+        _refuse("evaluate.steps", v.steps, f"below config.consolidate.steps = {t.steps}")
+
+
 def _remarks(config: ml_collections.ConfigDict) -> list[str]:
     remarks = []
-    last = config.deploy.games_per_step * (config.consolidate.steps + 1)
+    last = config.deploy.games_per_step * (config.consolidate.steps + 1) + config.preflight.games
     if config.rounds > 1 and last > GAMES_PER_ROUND:
         remarks.append(
-            f"config.deploy.games_per_step x steps reaches game {last} of a round; from "
-            f"{GAMES_PER_ROUND} on, deploy boards of consecutive rounds repeat (spec 3.2)"
+            "config.deploy.games_per_step x steps, with config.preflight.games, reaches game "
+            f"{last} of a round; from {GAMES_PER_ROUND} on, deploy boards of consecutive rounds "
+            "repeat (spec 3.2)"
         )
     return remarks
 

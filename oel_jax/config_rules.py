@@ -8,7 +8,7 @@ from typing import Any
 from oel_jax.distill.choices import CORRECTIONS, SUPPORTS
 from oel_jax.negative_control import CONTROLS
 
-PRESETS = ("default", "paper", "released")
+PRESETS = ("default", "paper", "released", "recommended")
 HELD_OUT_BOARDS = 128  # evaluation seeds of spec 3.2
 
 Rule = Callable[[Any], str | None]  # a value -> what it must be, or None if it is right
@@ -69,6 +69,14 @@ def _steps(value: Any) -> str | None:
     right = isinstance(value, (tuple, list)) and all(type(item) is int for item in value)
     right = right and list(value) == sorted(set(value)) and all(item >= 1 for item in value)
     return None if right else "increasing integers of at least 1, e.g. (1, 5, 25)"
+
+
+def _band(value: Any) -> str | None:
+    right = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    right = right and all(type(item) in (int, float) and math.isfinite(item) for item in value)
+    if right and (not value or 0 <= value[0] < 1 < value[1]):
+        return None
+    return "() or (low, high) with low below 1 and high above 1, e.g. (0.5, 2.0)"
 
 
 _FLAG = _choice(True, False)
@@ -150,8 +158,15 @@ def rules() -> dict[str, Rule]:
             "unfinished_thought": _choice("drop", "keep"),
             "truncate": _choice("tail", "head"),
             "model_path": _any_text,
-            "experience": _choice("knowledge", "raw"),
+            "experience": _choice("knowledge", "raw", "none"),
             "knowledge_from": _any_text,
+            "deduplicate": _FLAG,
+            "no_op": _FLAG,
+        },
+        "preflight": {
+            "games": _integer(0),
+            "on_harm": _choice("warn", "stop"),
+            "least_gain": _number(-1, 1),
         },
         "consolidate": {
             **dict.fromkeys(("steps", "token_budget", "save_every"), _POSITIVE),
@@ -168,6 +183,17 @@ def rules() -> dict[str, Rule]:
             "remat": _choice("none", "products", "layer"),
             "knowledge_rng": _choice("released"),
             "moments_dtype": _DTYPE,
+            "turn_fraction": _number(0, 1, open_low=True),
+            "turn_floor": _number(0),
+            "retention": _choice("none", "plain", "knowledge"),
+            "retention_weight": _number(0),
+            "teacher": _choice("frozen", "ema", "trust_region"),
+            "teacher_rate": _number(0, 1, open_low=True),
+        },
+        "guard": {
+            "response_tokens": _band,
+            "entropy": _band,
+            "skill_drop": _number(0, 1),
         },
         "loss": {
             "top_k": _POSITIVE,
@@ -175,7 +201,7 @@ def rules() -> dict[str, Rule]:
             "divergence": _choice("reverse", "forward", "jsd"),
             "support": _choice(*SUPPORTS),
             "correction": _choice(*CORRECTIONS),
-            "aggregation": _choice("token_mean", "seq_mean", "micro_token_mean"),
+            "aggregation": _choice("token_mean", "seq_mean", "micro_token_mean", "trajectory_mean"),
             "chunk": _POSITIVE,
         },
         "evaluate": {
@@ -185,6 +211,7 @@ def rules() -> dict[str, Rule]:
             "unseen_split": _FLAG,
             "in_context": _FLAG,
             "skills": _FLAG,
+            "steps": _steps,
             "curve": _steps,
         },
         "log": {"tensorboard": _FLAG},

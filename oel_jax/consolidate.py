@@ -3,25 +3,32 @@
 Per step: all prefixes of 64 games, one knowledge text drawn per prefix; the student answers without
 it, the frozen teacher P_r re-reads the answer with it, and the student's top-k reverse KL is
 minimised by one AdamW update. Nothing here touches a game. The baselines (`consolidate.mode`) take
-the answers from demonstrations instead, see `rollouts`.
+the answers from demonstrations instead, see `rollouts`; what may keep many rounds stable
+(retention, chosen turns, a moving teacher, guards) is off unless the config asks for it.
 """
 
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from oel_jax import negative_control
+from oel_jax import guard, negative_control
 from oel_jax.distill.memory import Accumulator, used
-from oel_jax.distill.packing import fill, plan, sample_weights
+from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.selection import moved, selected
 from oel_jax.distill.step import (
+    PLACES,
     StepConfig,
     Sums,
+    averaged,
+    cast,
     optimizer,
     update,
     zeros_like,
@@ -29,61 +36,71 @@ from oel_jax.distill.step import (
 from oel_jax.distill.teacher import Teacher, cache_bytes
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.experience import texts_of_round
+from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import save_model
-from oel_jax.lm.language_model import DTYPES
+from oel_jax.lm.language_model import DTYPES, LanguageModel
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
+from oel_jax.metrics import mean_values, table
 from oel_jax.metrics import read as read_metrics
-from oel_jax.metrics import table
 from oel_jax.parallel.mesh import device_bytes, put_batch
 from oel_jax.profiling import StepTrace
 from oel_jax.rollouts import demonstrated, header, on_policy
 from oel_jax.run import Run
 from oel_jax.trajectories import prefixes, read
+from oel_jax.workdir import write_json
 
 
 @dataclass
 class _Student:
-    """Float32 masters and optimizer state; `step` updates are done."""
+    """Float32 masters and optimizer state; `step` updates are done.
+
+    `teacher`: float32 weights of a teacher that follows the student, else None.
+    """
 
     params: Any
     state: Any
     step: int
+    teacher: Any = None
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        kept = {"params": self.params, "state": self.state}
+        return kept if self.teacher is None else kept | {"teacher": self.teacher}
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What stays the same through a round's steps."""
+
+    run: Run
+    number: int
+    teacher: Teacher
+    head: tuple[int, ...]
+    sampler: Sampler
+    step: StepConfig
+    add: Accumulator
+    tx: Any
 
 
 def consolidate(run: Run, round_number: int) -> list[Path]:
-    """Train P_r into P_{r+1}; returns the policy directory. Goes on from the last checkpoint."""
+    """Train P_r into P_{r+1}; returns the files. Goes on from the last checkpoint."""
     config, settings = run.config, run.config.consolidate
     source = run.policy_directory(round_number)
     teacher_model = run.policy(round_number)
-    texts = texts_of_round(run, round_number, teacher_model)
     teacher = Teacher(
         teacher_model,
-        texts,
+        texts_of_round(run, round_number, teacher_model),
         thinking=config.model.thinking,
         block=config.model.attention_block,
     )
     # Which prompts a cached prefix is made from must not depend on where a run goes on.
     first = prefixes(read(run.workdir.deploy_games(round_number, 1)))
-    examples = [prefix.prompt for prefix in first[:16]]
     head = header(first)
     tx = optimizer(settings)
-    dtype = DTYPES[config.model.dtype]
-    step_config = StepConfig(
-        model=teacher_model.cfg,
-        kl=KLConfig(
-            config.loss.top_k,
-            config.loss.temperature,
-            "nll" if settings.mode == "sft" else config.loss.divergence,
-            config.loss.support,
-            config.loss.correction,
-            config.loss.chunk,
-            negative_control.pick_support(config),
-        ),
-        dtype=dtype,
-        remat=settings.remat,
-        block=config.model.attention_block,
-    )
+    step_config = _step_config(run, teacher_model)
+    label = f"round {round_number} consolidate"
+    traces = run.workdir.tensorboard / f"round_{round_number:03d}" / "consolidate"
     with _checkpoints(run, round_number) as checkpoints, jax.set_mesh(run.mesh):
         student = _start(run, source, tx, checkpoints)
         run.metrics.rewind("consolidate", round_number, student.step)
@@ -94,46 +111,103 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             response=config.sampler.max_response,
             prefixes=[head],
         )
-        held = _held(student, teacher, examples, sampler)
-        add = Accumulator(step_config, held)
-        label = f"round {round_number} consolidate"
-        traces = run.workdir.tensorboard / f"round_{round_number:03d}" / "consolidate"
+        teacher.prepare([prefix.prompt for prefix in first[:16]])
+        _follow(run, student, teacher)
+        add = Accumulator(step_config, _held(student, teacher, sampler))
+        this = _Round(run, round_number, teacher, head, sampler, step_config, add, tx)
         with (
             StepTrace(run.config.profile, traces) as trace,
             run.progress(settings.steps, "steps", label, done=student.step) as progress,
         ):
-            while student.step < settings.steps:
+            stopped = None
+            while student.step < settings.steps and not stopped:
                 trace.before(student.step + 1)
-                values = _step(run, round_number, student, teacher, head, sampler, add, tx)
+                values = _step(this, student)
                 trace.after(student.step)
-                note = f"loss {values['loss']:.4f}, {values['response_tokens']:.1f} tokens/answer"
+                stopped = guard.broken(run, student.step, values)
+                if stopped:
+                    break
+                if student.step in config.evaluate.steps and student.step < settings.steps:
+                    _export(run, student, source, run.workdir.policy_at(round_number, student.step))
                 if student.step % settings.save_every == 0 and student.step < settings.steps:
-                    checkpoints.save(
-                        student.step,
-                        args=ocp.args.StandardSave(
-                            {"params": student.params, "state": student.state}
-                        ),
-                    )
+                    checkpoints.save(student.step, args=ocp.args.StandardSave(student.saved()))
+                note = f"{values['response_tokens']:.1f} tokens/answer"
+                note += f", loss {values['loss']:.4f}" if "loss" in values else ", nothing to learn"
                 progress.update(note=note)
         checkpoints.wait_until_finished()
-        policy = run.workdir.policy(round_number)
-        if policy.exists():  # written by a run that was killed before it could record it
-            shutil.rmtree(policy)
-        # P_{r+1} is the final step, rounded to bfloat16 as in the released code (spec 8.2).
-        saved = jnp.float32 if settings.keep_fp32_master else jnp.bfloat16
-        save_model(policy, teacher_model.cfg, student.params, source=source, dtype=saved)
+        files = [run.workdir.policy(round_number)]
+        if stopped:
+            student = _last_good(run, source, tx, checkpoints, stopped.step)
+            files.append(_stop(run, round_number, stopped, student.step))
+        _export(run, student, source, files[0])
         _report(run, round_number, teacher)
         if add.temporaries:
             print(f"memory: {add.predicted / 1e9:.2f} GB predicted for a step; {used()}")
-    return [policy]
+    steps = [run.workdir.policy_at(round_number, step) for step in config.evaluate.steps]
+    return files + [policy for policy in steps if policy.exists()]
 
 
-def _held(
-    student: _Student, teacher: Teacher, examples: list[str], sampler: Sampler
-) -> dict[str, int]:
+def _step_config(run: Run, model: LanguageModel) -> StepConfig:
+    """The static part of a step."""
+    config, settings = run.config, run.config.consolidate
+    return StepConfig(
+        model=model.cfg,
+        kl=KLConfig(
+            config.loss.top_k,
+            config.loss.temperature,
+            "nll" if settings.mode == "sft" else config.loss.divergence,
+            config.loss.support,
+            config.loss.correction,
+            config.loss.chunk,
+            negative_control.pick_support(config),
+        ),
+        dtype=DTYPES[config.model.dtype],
+        remat=settings.remat,
+        block=config.model.attention_block,
+        retention=settings.retention,
+        retention_weight=settings.retention_weight,
+        trust=settings.teacher_rate if settings.teacher == "trust_region" else 0.0,
+    )
+
+
+def _export(run: Run, student: _Student, source: Path, policy: Path) -> None:
+    """Write the student as a model: rounded to bfloat16 as in the released code (spec 8.2)."""
+    if policy.exists():  # written by a run that was killed before it could record it
+        shutil.rmtree(policy)
+    saved = jnp.float32 if run.config.consolidate.keep_fp32_master else jnp.bfloat16
+    cfg = ModelConfig.from_directory(source)
+    save_model(policy, cfg, student.params, source=source, dtype=saved)
+
+
+def _last_good(
+    run: Run, source: Path, tx: Any, checkpoints: ocp.CheckpointManager, step: int
+) -> _Student:
+    """The newest checkpoint whose weights a step before `step` has found good, or P_r."""
+    good = [kept for kept in checkpoints.all_steps() if kept <= step - 2]
+    for kept in checkpoints.all_steps():
+        if kept not in good:
+            checkpoints.delete(kept)
+    return _start(run, source, tx, checkpoints)
+
+
+def _stop(run: Run, round_number: int, broken: guard.Broken, kept: int) -> Path:
+    """Say and record that a guard ended the round."""
+    file = run.workdir.guard_file(round_number)
+    write_json(file, asdict(broken) | {"kept_step": kept})
+    what = f"the weights of step {kept}" if kept else "the weights the round began with"
+    print(f"GUARD: round {round_number} is stopped. {broken}; kept: {what} (config.guard)")
+    return file
+
+
+def _follow(run: Run, student: _Student, teacher: Teacher) -> None:
+    """Give the teacher the averaged weights, if there are any."""
+    if student.teacher is not None:
+        teacher.refresh(cast(student.teacher, DTYPES[run.config.model.dtype]))
+
+
+def _held(student: _Student, teacher: Teacher, sampler: Sampler) -> dict[str, int]:
     """Bytes of one device that live through an optimizer step, by name."""
-    teacher.prepare(examples)
-    return {
+    held = {
         "student, float32": device_bytes(student.params),
         "AdamW's moments": device_bytes(student.state),
         "gradients, float32": device_bytes(student.params),
@@ -141,13 +215,16 @@ def _held(
         "knowledge, encoded": device_bytes([prefix.cache for prefix in teacher.encoded]),
         "rollout cache": sampler.bytes,
     }
+    if student.teacher is not None:
+        held["teacher's average, float32"] = device_bytes(student.teacher)
+    return held
 
 
 def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         run.workdir.checkpoints(round_number),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=1,
+            max_to_keep=2 if guard.watches(run.config) else 1,  # the newest may not be good
             create=True,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -158,60 +235,90 @@ def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:
 def _start(run: Run, source: Path, tx: Any, checkpoints: ocp.CheckpointManager) -> _Student:
     """Float32 masters of P_r with a fresh optimizer, or the last checkpoint of this round."""
     params = run.load(source, dtype="float32").params
-    state = jax.jit(tx.init)(params)
+    average = jax.tree.map(jnp.copy, params) if run.config.consolidate.teacher == "ema" else None
+    student = _Student(params, jax.jit(tx.init)(params), 0, average)
     latest = checkpoints.latest_step()
     if latest is None:
-        return _Student(params, state, 0)
+        return student
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        {"params": params, "state": state},
+        student.saved(),
     )
     saved = checkpoints.restore(latest, args=ocp.args.StandardRestore(like))
     print(f"going on from optimizer step {latest}")
-    return _Student(saved["params"], saved["state"], latest)
+    return _Student(saved["params"], saved["state"], latest, saved.get("teacher"))
 
 
-def _step(
-    run: Run,
-    round_number: int,
-    student: _Student,
-    teacher: Teacher,
-    head: tuple[int, ...],
-    sampler: Sampler,
-    add: Accumulator,
-    tx: Any,
-) -> dict[str, float]:
+def _step(this: _Round, student: _Student) -> dict[str, float]:
     """One optimizer step: rollouts, teacher and student on packed micro-batches, update."""
-    settings, number = run.config.consolidate, student.step + 1
-    began = time.monotonic()
+    run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
+    number, began = student.step + 1, time.monotonic()
     if settings.mode == "on_policy":
-        parts = (student.params, teacher, head, sampler)
-        samples, stopped = on_policy(run, round_number, number, *parts)
+        parts = (student.params, teacher, this.head, this.sampler)
+        samples, stopped = on_policy(run, this.number, number, *parts)
     else:
-        samples, stopped = demonstrated(run, round_number, number, teacher)
+        samples, stopped = demonstrated(run, this.number, number, teacher)
     rolled_out = time.monotonic()
+    made, values = samples, {}
+    if settings.turn_fraction < 1 or settings.turn_floor > 0:
+        samples, values = _choose(this, samples)
+    timing = {"rollout_seconds": rolled_out - began}
+    lengths = [len(sample.response) for sample in made]
+    values |= {
+        "prefixes": float(len(made)),
+        "response_tokens": (sum(lengths) - stopped, len(made)),
+        "cut_off": (len(made) - stopped, len(made)),
+    }
+    run.metrics.histogram("response_tokens", number, lengths, "consolidate", this.number)
+    student.step = number
+    if samples:
+        trained, slots = _train(this, student, samples)
+        values |= trained
+        seconds = time.monotonic() - rolled_out
+        read_tokens = sum(s.student_length + s.teacher_length for s in samples)
+        timing["update_seconds"] = seconds
+        timing["trained_tokens_per_second"] = read_tokens / max(seconds, 1e-9)
+        timing["packing"] = read_tokens / slots
+    timing["response_tokens_per_second"] = sum(lengths) / max(timing["rollout_seconds"], 1e-9)
+    run.metrics.scalars("consolidate", number, values, round=this.number, time_values=timing)
+    return mean_values(values)
+
+
+def _train(
+    this: _Round, student: _Student, samples: Sequence[Sample]
+) -> tuple[dict[str, Any], int]:
+    """Update the student (and a teacher that follows it) by these samples.
+
+    Returns:
+      metrics (spec 8.6 and design 7), and how many tokens the micro-batches had room for.
+    """
+    run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
     weights = sample_weights(samples, batches, run.config.loss.aggregation)
     gradients = zeros_like(student.params)
-    total = None
+    total, reader, own = None, None, {}
+    if this.step.own_view:
+        reader = cast(student.params, DTYPES[run.config.model.dtype])
     for text, rows in batches:
-        batch = put_batch(run.mesh, fill(samples, weights, rows, shape))
-        cache = teacher.prefix(text).cache
-        gradients, sums = add(gradients, student.params, teacher.model.params, cache, batch)
+        filled = fill(samples, weights, rows, shape, run.config.sampler.max_response, PLACES)
+        if reader is not None and text not in own:
+            own = {text: teacher.read_by(reader, text)}  # batches come text by text: one is held
+        inputs = (student.params, teacher.model.params, teacher.prefix(text).cache)
+        batch = put_batch(run.mesh, filled)
+        gradients, sums = this.add(gradients, *inputs, batch, own.get(text))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     student.params, student.state, done = update(
-        student.params, student.state, gradients, tx=tx, clip_norm=settings.clip_norm
+        student.params, student.state, gradients, tx=this.tx, clip_norm=settings.clip_norm
     )
-    student.step = number
+    if student.teacher is not None:
+        rate = settings.teacher_rate
+        student.teacher = averaged(student.teacher, student.params, rate=rate)
+        _follow(run, student, teacher)
     total, done = jax.device_get((total, done))
-    seconds = {"rollout": rolled_out - began, "update": time.monotonic() - rolled_out}
-    return _log(run, round_number, number, samples, stopped, total, done, seconds, shape, batches)
-
-
-def _log(run, round_number, number, samples, stopped, total: Sums, done, seconds, shape, batches):
-    """Metrics of one step (spec 8.6 and design 7)."""
+    if done.skipped:
+        print(f"step {student.step}: the gradient norm is not finite; the update was skipped")
+    _show_places(this, student.step, total)
     count = float(total.tokens)
-    tokens = int(sum(len(s.response) for s in samples))
     values = {
         "loss": float(total.loss),
         "kl": (float(total.kl), count),
@@ -220,27 +327,34 @@ def _log(run, round_number, number, samples, stopped, total: Sums, done, seconds
         "teacher_entropy": (float(total.teacher_entropy), count),
         "grad_norm": float(done.grad_norm),
         "skipped": float(done.skipped),
-        "prefixes": float(len(samples)),
-        "response_tokens": (tokens - stopped, len(samples)),
-        "cut_off": (len(samples) - stopped, len(samples)),
         "micro_batches": float(len(batches)),
     }
-    settings = run.config.consolidate
     if settings.mode == "on_policy" and settings.temperature == run.config.loss.temperature:
         values["log_prob_gap"] = (float(total.log_prob_gap), count)
-    read_tokens = sum(s.student_length + s.teacher_length for s in samples)
-    slots = 2 * shape.rows * shape.tokens * len(batches)
-    timing = {
-        "rollout_seconds": seconds["rollout"],
-        "update_seconds": seconds["update"],
-        "response_tokens_per_second": tokens / max(seconds["rollout"], 1e-9),
-        "trained_tokens_per_second": read_tokens / max(seconds["update"], 1e-9),
-        "packing": read_tokens / slots,
+    if this.step.retention != "none":
+        values["retention_kl"] = (float(total.retention), count)
+    return values, 2 * shape.rows * shape.tokens * len(batches)
+
+
+def _choose(this: _Round, samples: list[Sample]) -> tuple[list[Sample], dict[str, Any]]:
+    """The turns where knowledge moves the teacher most, and numbers about them."""
+    settings = this.run.config.consolidate
+    scores = moved(samples, this.teacher, this.step, settings.token_budget, this.run.mesh)
+    chosen = selected(scores, settings.turn_fraction, settings.turn_floor)
+    values = {
+        "sensitivity": float(scores.mean()),
+        "sensitivity_chosen": (float(scores[chosen].sum()), len(chosen)),
+        "chosen": float(len(chosen)),
     }
-    run.metrics.scalars("consolidate", number, values, round=round_number, time_values=timing)
-    if done.skipped:
-        print(f"step {number}: the gradient norm is not finite; the update was skipped")
-    return {"loss": float(total.loss), "response_tokens": (tokens - stopped) / len(samples)}
+    return [samples[index] for index in chosen], values
+
+
+def _show_places(this: _Round, number: int, total: Sums) -> None:
+    """In TensorBoard: where in the answers student and teacher differ."""
+    width = this.run.config.sampler.max_response / PLACES
+    ends = [width * (place + 1) for place in range(PLACES)]
+    kl = total.kl_by_place / np.maximum(total.tokens_by_place, 1)
+    this.run.metrics.bars("kl_by_place", number, ends, kl, "consolidate", this.number)
 
 
 def _report(run: Run, round_number: int, teacher: Teacher) -> None:
@@ -263,7 +377,10 @@ def _report(run: Run, round_number: int, teacher: Teacher) -> None:
             [
                 [
                     row["step"],
-                    *(f"{float(row[key]):.{digits}f}" for key, digits in columns.values()),
+                    *(
+                        f"{float(row[key]):.{digits}f}" if key in row else "-"
+                        for key, digits in columns.values()
+                    ),
                 ]
                 for row in shown
             ],

@@ -1,7 +1,7 @@
 """The texts of a round: read for those who use them, and filled in without an extractor.
 
-Whole games in the place of knowledge, and what another run knows (spec 10.5), fill the files that
-`extract` would have filled, so that everything after it is the same.
+Whole games in the place of knowledge, what another run knows (spec 10.5), and empty texts fill the
+files that `extract` would have filled, so that everything after it is the same.
 """
 
 import random
@@ -62,6 +62,16 @@ def _record(chain: int, step: int, text: str, added: str, tokens: int) -> dict[s
     }
 
 
+def no_experience(run: Run, round_number: int) -> None:
+    """K empty texts: a control, in which the teacher knows no more than the student."""
+    for chain in range(run.config.extract.chains):
+        for step in range(1, run.config.extract.n_run + 1):
+            write_json(
+                run.workdir.knowledge_step(round_number, chain, step),
+                _record(chain, step, "", "", 0),
+            )
+
+
 def of_another_run(run: Run, round_number: int) -> None:
     """Copy what the run in `extract.knowledge_from` knew in the same round.
 
@@ -113,8 +123,10 @@ def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None
 def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[str]:
     """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
 
+    With `extract.experience='none'` all of them are empty, as the config asks.
+
     Raises:
-      UserError: all are empty, so there is nothing to learn.
+      UserError: all are empty against the config's wish, so there is nothing to learn.
     """
     path = run.workdir.knowledge(round_number)
     extract = run.config.extract
@@ -129,6 +141,8 @@ def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[st
         )
         for text in read_json(path)["texts"]
     ]
+    if extract.experience == "none":
+        return texts
     if not any(texts):
         raise UserError(
             f"{path}: all {len(texts)} knowledge texts are empty, so there is nothing to "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from oel_jax import knowledge, prompts
 from oel_jax.config import extraction_template, extractor_budget
-from oel_jax.experience import of_another_run, raw_trajectories
+from oel_jax.experience import no_experience, of_another_run, raw_trajectories
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
 from oel_jax.lm.requests import Completion, Request
@@ -37,8 +37,9 @@ class _Chain:
 def extract(run: Run, round_number: int) -> list[Path]:
     """Grow the K texts of a round; returns the files. Finished steps are not done again."""
     config = run.config.extract
-    if config.knowledge_from or config.experience == "raw":
-        (of_another_run if config.knowledge_from else raw_trajectories)(run, round_number)
+    if config.knowledge_from or config.experience != "knowledge":
+        fill = {"raw": raw_trajectories, "none": no_experience}.get(config.experience)
+        (fill or of_another_run)(run, round_number)
         _log(run, round_number, range(1, config.n_run + 1))
         return _finish(run, round_number)
     directory = resolve(bundled(config.model_path)) if config.model_path else None
@@ -125,11 +126,21 @@ def _absorb(
     answer: Completion,
     opened: bool,
 ) -> None:
-    """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9)."""
+    """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9).
+
+    `parsed` in the file is what was appended, without what `no_op` and `deduplicate` took away.
+    """
     config = run.config.extract
     response = extractor.tokenizer.decode(answer.ids)
     stripped, finished = knowledge.strip_thought(response, config.unfinished_thought, opened=opened)
     parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
+    upkeep: dict[str, bool | int] = {}
+    if config.no_op:
+        parsed, upkeep["no_new"] = knowledge.without_no_op(
+            stripped or "", parsed, config.item_marker
+        )
+    if config.deduplicate:
+        parsed, upkeep["duplicates"] = knowledge.deduplicate(chain.text, parsed, config.item_marker)
     text = knowledge.append(chain.text, parsed)
     chain.text = knowledge.truncate(
         text,
@@ -152,7 +163,8 @@ def _absorb(
             "stopped": answer.stopped,
             "response_tokens": len(answer.ids) - answer.stopped,
             "knowledge_tokens": len(extractor.tokenizer.encode(chain.text)),
-        },
+        }
+        | upkeep,
     )
 
 
@@ -168,18 +180,34 @@ def _log(run: Run, round_number: int, steps: range) -> None:
     for step in steps:
         records = _records(run, round_number, step)
         count = len(records)
+        values = {
+            "knowledge_tokens": (sum(r["knowledge_tokens"] for r in records), count),
+            "response_tokens": (sum(r["response_tokens"] for r in records), count),
+            "unfinished_thoughts": (sum(not r["thought_finished"] for r in records), count),
+            "nothing_parsed": (sum(_says_nothing(r) for r in records), count),
+        }
+        for name in _upkeep(run):
+            values[name] = (sum(r.get(name, 0) for r in records), count)
         run.metrics.rewind("extract", round_number, step - 1)
-        run.metrics.scalars(
-            "extract",
-            step,
-            {
-                "knowledge_tokens": (sum(r["knowledge_tokens"] for r in records), count),
-                "response_tokens": (sum(r["response_tokens"] for r in records), count),
-                "unfinished_thoughts": (sum(not r["thought_finished"] for r in records), count),
-                "nothing_parsed": (sum(not r["parsed"] for r in records), count),
-            },
-            round=round_number,
-        )
+        run.metrics.scalars("extract", step, values, round=round_number)
+
+
+_UPKEEP = {
+    "no_new": "answer(s) with nothing new (config.extract.no_op)",
+    "duplicates": "item(s) left out that were known already (config.extract.deduplicate)",
+}
+
+
+def _says_nothing(record: dict) -> bool:
+    """Whether an answer had no item; one that was left out on purpose had."""
+    return not (record["parsed"] or record.get("no_new") or record.get("duplicates"))
+
+
+def _upkeep(run: Run) -> list[str]:
+    """What is counted beside the rest: answers with nothing new, items left out as duplicates."""
+    config = run.config.extract
+    counted = {"no_new": config.no_op, "duplicates": config.deduplicate}
+    return [name for name, wanted in counted.items() if wanted]
 
 
 def _finish(run: Run, round_number: int) -> list[Path]:
@@ -190,6 +218,7 @@ def _finish(run: Run, round_number: int) -> list[Path]:
     pool = workdir.knowledge(round_number)
     write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
     calls = unfinished = 0
+    left_out = dict.fromkeys(_upkeep(run), 0)
     print(f"knowledge after {config.n} games, newest line of each chain:")
     for record in used:
         chain = record["chain"]
@@ -199,6 +228,8 @@ def _finish(run: Run, round_number: int) -> list[Path]:
         ]
         calls += len(steps)
         unfinished += sum(not step["thought_finished"] for step in steps)
+        for name in left_out:
+            left_out[name] += sum(step.get(name, 0) for step in steps)
         lines = [line for line in record["text"].split("\n") if line.strip()]
         newest = lines[-1].removeprefix(config.item_marker).strip() if lines else "(empty)"
         size = f"{len(lines)} line(s), {record['knowledge_tokens']} token(s)"
@@ -212,6 +243,8 @@ def _finish(run: Run, round_number: int) -> list[Path]:
             f"config.extract.l_max={config.l_max} tokens; it was {what} "
             f"(config.extract.unfinished_thought)"
         )
+    for name, count in left_out.items():
+        print(f"{count} {_UPKEEP[name]} in {calls} extractor calls")
     empty = sum(not text for text in texts)
     if empty:
         print(f"{empty} of {len(texts)} knowledge texts are empty")

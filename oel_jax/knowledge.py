@@ -15,6 +15,11 @@ from collections.abc import Callable
 from .errors import UserError
 
 MARKER = "- EXPERIENCE ITEM:"
+NO_OP = "NO NEW EXPERIENCE"  # what the extractor is to answer with `extract.no_op`
+NO_OP_SENTENCE = (  # ends its template then
+    "If the interaction history teaches nothing beyond the previous experience, answer exactly: "
+    + NO_OP
+)
 VERSIONS = ("v1", "v2", "v3", "v4", "v5")
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -74,6 +79,54 @@ def parse(text: str, version: str, marker: str = MARKER) -> str:
         return "\n".join(line for line in stripped if line.startswith("- "))
     items = (piece for line in lines for piece in line.split(marker)[1:] if piece.strip())
     return "\n".join((marker + piece).rstrip() for piece in items).strip()
+
+
+def _content(line: str, marker: str) -> str:
+    """What an item says, up to case, white space and a final full stop."""
+    said = " ".join(line.strip().removeprefix(marker).split())
+    return said.casefold().removesuffix(".").rstrip()
+
+
+def without_no_op(answer: str, parsed: str, marker: str = MARKER) -> tuple[str, bool]:
+    """Leave out the items that say `NO_OP` and nothing else (`extract.no_op`).
+
+    Args:
+        answer: the whole answer behind its thought. Structured versions find no item in an answer
+            that consists of `NO_OP` alone.
+        parsed: what `parse` found in it; each of its lines is an item.
+
+    Returns:
+        (the other items, '' if there are none; whether the extractor said that there is nothing
+        new and wrote nothing else that counts).
+    """
+    nothing = NO_OP.casefold()
+    lines = parsed.split("\n")
+    others = [line for line in lines if _content(line, marker) != nothing]
+    if len(others) == len(lines):
+        return parsed, not parsed and _content(answer, marker) == nothing
+    rest = "\n".join(others).strip()
+    return rest, not rest
+
+
+def deduplicate(knowledge: str, parsed: str, marker: str = MARKER) -> tuple[str, int]:
+    """Leave out the items that the text, or `parsed` further up, already has.
+
+    Two items are equal if they differ in case, white space and a final full stop at most. Each line
+    is an item in all versions (a parsed structured text has no other lines); blank ones are none.
+
+    Returns:
+        (the new items, '' if there are none; how many were left out).
+    """
+    known = {_content(line, marker) for line in knowledge.split("\n")}
+    kept, dropped = [], 0
+    for line in parsed.split("\n"):
+        content = _content(line, marker)
+        if content and content in known:
+            dropped += 1
+            continue
+        known.add(content)
+        kept.append(line)
+    return ("\n".join(kept).strip(), dropped) if dropped else (parsed, 0)
 
 
 def append(knowledge: str, parsed: str) -> str:

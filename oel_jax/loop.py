@@ -4,6 +4,7 @@
     for each round r:
         deploy       P_r plays; games become trajectories          (user side)
         extract      K knowledge texts are drawn from them         (server side, no games)
+        preflight    P_r plays with each text: is it worth it?     (user side, may be off)
         consolidate  the texts are distilled into P_r's weights    (server side, no games)
         evaluate     P_r, P_r with knowledge, and P_{r+1} play     (user side)
         P_{r+1} goes back to the user side
@@ -25,9 +26,10 @@ from oel_jax.errors import UserError
 from oel_jax.evaluate import evaluate
 from oel_jax.extract import extract
 from oel_jax.metrics import duration, table
+from oel_jax.preflight import heed, preflight
 from oel_jax.profiling import compile_seconds
 from oel_jax.run import Run
-from oel_jax.skills import evaluate_skills
+from oel_jax.skills import evaluate_skills, keep_skilled
 from oel_jax.workdir import STAGES, read_json, samples_of, stages_of, write_json
 
 # What must be finished in the same round before a stage can run.
@@ -35,6 +37,7 @@ _NEEDS = {
     "deploy": (),
     "extract": ("deploy",),
     "demonstrate": ("extract",),
+    "preflight": ("extract",),
     "consolidate": ("deploy", "extract", "demonstrate"),
     "evaluate": ("extract", "consolidate"),
 }
@@ -51,7 +54,8 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
             "deploy": lambda r=number: deploy(run, r),
             "extract": lambda r=number: extract(run, r),
             "demonstrate": lambda r=number: demonstrate(run, r),
-            "consolidate": lambda r=number: consolidate(run, r),
+            "preflight": lambda r=number: preflight(run, r),
+            "consolidate": lambda r=number: _consolidate(run, r),
             "evaluate": lambda r=number: _evaluate_round(run, r),
         }
         print(f"\n=== round {number} of {run.config.rounds} ===")
@@ -67,6 +71,8 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
                     raise UserError(needs)
                 print(needs)  # the last round's model is not there: as far as these stages go
                 return
+            if stage == "consolidate":
+                _heed_preflight(run, number)
             _stage(run, number, stage, work[stage])
         _summary(run)
         if run.workdir.finished(number, "evaluate"):
@@ -82,6 +88,15 @@ def _missing(run: Run, number: int, stage: str) -> list[str]:
     if number > 1 and not run.workdir.finished(number - 1, "consolidate"):
         missing.append(_before(number))
     return missing
+
+
+def _heed_preflight(run: Run, number: int) -> None:
+    """Warn or stop; here, not in the stage, since what follows from its numbers may be changed."""
+    try:
+        heed(run, number)
+    except UserError:
+        _summary(run)
+        raise
 
 
 def _before(number: int) -> str:
@@ -107,6 +122,14 @@ def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> 
     print(f"{f'round {number}' if number else 'start'} {name}: done in {duration(seconds)}{share}")
 
 
+def _consolidate(run: Run, number: int) -> list[Path]:
+    """The stage, and the guard on skills, which are measured by playing: not on its side."""
+    files = consolidate(run, number)
+    if not run.config.guard.skill_drop:
+        return files
+    return files + keep_skilled(run, number)
+
+
 def _evaluate_start(run: Run) -> list[Path]:
     """P_1 without knowledge: where the run starts from."""
     file = run.workdir.start_evaluation
@@ -123,14 +146,23 @@ def _skills(run: Run, number: int) -> list[Path]:
     if not run.config.evaluate.skills:
         return []
     workdir = run.workdir
-    file = workdir.evaluation(number, "skills") if number else workdir.start_skills
-    result = evaluate_skills(run, run.policy_directory(number + 1), file)
-    low, high = result["ci95"]
-    values = {"skill": result["skill"], "ci95_low": low, "ci95_high": high}
-    run.metrics.rewind("evaluate_skills", number, number - 1)
-    run.metrics.scalars("evaluate_skills", number, values, round=number)
-    print(f"skills that are not trained: {result['skill']:.1%} [{low:.1%}, {high:.1%}]")
-    return [file]
+    run.metrics.rewind("evaluate_skills", number, -1)
+    places = []
+    for step in run.config.evaluate.steps if number else ():
+        if workdir.policy_at(number, step).exists():
+            file = workdir.evaluation(number, f"step_{step:03d}_skills")
+            places.append((step, workdir.policy_at(number, step), file))
+    last = workdir.evaluation(number, "skills") if number else workdir.start_skills
+    steps = run.config.consolidate.steps if number else 0
+    places.append((steps, run.policy_directory(number + 1), last))
+    for step, directory, file in places:
+        result = evaluate_skills(run, directory, file)
+        low, high = result["ci95"]
+        values = {"skill": result["skill"], "ci95_low": low, "ci95_high": high}
+        run.metrics.scalars("evaluate_skills", step, values, round=number)
+        at = f" after step {step}" if step != steps else ""
+        print(f"skills that are not trained{at}: {result['skill']:.1%} [{low:.1%}, {high:.1%}]")
+    return [file for _, _, file in places]
 
 
 def _evaluate_round(run: Run, number: int) -> list[Path]:
@@ -154,6 +186,7 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
         )
         _log(run, number, "in_context", n, result)
     del policy  # one model at a time
+    files += _inside(run, number)
     files.append(workdir.evaluation(number, "consolidated"))
     result = evaluate(
         run,
@@ -168,6 +201,26 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
     run.metrics.settings(leaves(as_json(run.config)), final, step=number)
     run.metrics.image("pass_rate", number, report.figure(workdir), "figures")
     return files + [samples_of(file) for file in files] + _skills(run, number)
+
+
+def _inside(run: Run, number: int) -> list[Path]:
+    """The policies kept inside the round: the game, and what they can do beside it."""
+    files = []
+    for step in run.config.evaluate.steps:
+        directory = run.workdir.policy_at(number, step)
+        if not directory.exists():  # a guard stopped the round before
+            continue
+        files.append(run.workdir.evaluation(number, f"step_{step:03d}"))
+        result = evaluate(
+            run,
+            run.load(directory),
+            files[-1],
+            round_number=number,
+            name=f"step_{step}",
+            label=f"round {number} evaluate step {step}",
+        )
+        _log(run, number, "consolidated", step, result)
+    return files
 
 
 def _texts(run: Run, number: int, n: int) -> list[str]:

@@ -23,6 +23,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_p
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util import tensor_util
 
 from oel_jax.errors import UserError
 from oel_jax.workdir import Workdir, write_bytes
@@ -66,7 +67,7 @@ class Metrics:
           round: the round, from 1; 0 = the whole run.
           time_values: numbers that depend on the machine (tokens/s); kept under "time".
         """
-        means, timed = _means(values), _means(time_values or {})
+        means, timed = mean_values(values), mean_values(time_values or {})
         row = {
             "stage": stage,
             "round": int(round),
@@ -105,6 +106,24 @@ class Metrics:
         if self._tensorboard is not None:
             summary = histogram_pb(tag, np.asarray(values, np.float64))
             self._event(stage, round, step=int(step), summary=summary)
+
+    def bars(
+        self,
+        tag: str,
+        step: int,
+        ends: Sequence[float],
+        heights: Sequence[float],
+        stage: str,
+        round: int = 0,
+    ) -> None:
+        """Show bars of given heights as a histogram in TensorBoard; bar i ends at `ends[i]`."""
+        if self._tensorboard is None:
+            return
+        starts = [0.0, *ends[:-1]]
+        rows = np.array([starts, ends, heights], np.float64).T
+        made = histogram_pb(tag, np.zeros(1), buckets=1)  # for its metadata
+        made.value[0].tensor.CopyFrom(tensor_util.make_tensor_proto(rows))
+        self._event(stage, round, step=int(step), summary=made)
 
     def image(self, tag: str, step: int, png: bytes, stage: str, round: int = 0) -> None:
         """Show a PNG in TensorBoard."""
@@ -204,7 +223,7 @@ def _is_later(row: Mapping[str, Any], stage: str, round: int, step: int) -> bool
     return (row["stage"], row["round"]) == (stage, round) and row["step"] > step
 
 
-def _means(values: Mapping[str, Value]) -> dict[str, float]:
+def mean_values(values: Mapping[str, Value]) -> dict[str, float]:
     means = {}
     for name, value in values.items():
         if isinstance(value, tuple):

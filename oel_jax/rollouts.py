@@ -73,7 +73,9 @@ def on_policy(
     for prefix, text, answer in zip(batch, drawn, answers, strict=True):
         shared, suffix = teacher.split(text, prefix.prompt)
         samples.append(
-            Sample(prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text)
+            Sample(
+                prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text, prefix.game
+            )
         )
     return samples, sum(answer.stopped for answer in answers)
 
@@ -104,7 +106,7 @@ def demonstrated(
         # The sampler's log-probabilities are those of another prompt: there is nothing to compare.
         none = np.zeros(len(response), np.float32)
         ids = tokenizer.chat(plain, thinking=thinking)
-        samples.append(Sample(ids, suffix, shared, response, none, text))
+        samples.append(Sample(ids, suffix, shared, response, none, text, prefix.game))
         stopped += response[-1] in tokenizer.stop_ids
     return samples, stopped
 

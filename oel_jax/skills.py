@@ -5,6 +5,7 @@ game with gold knowledge, worlds with other symbols, Frozen Lake with H and G sw
 instructions with one right answer. For real models see the lm-evaluation-harness command.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,43 @@ def evaluate_skills(run: Run, directory: Path, file: Path) -> dict[str, Any]:
     }
     write_json(file, result)
     return result
+
+
+def keep_skilled(run: Run, number: int) -> list[Path]:
+    """Guard on skill: replace a policy that has lost too much by the newest one that has not.
+
+    Candidates are, from the newest, the policies kept inside the round (`evaluate.steps`) and the
+    one the round began with.
+
+    Returns: the file that says what was done, if anything was.
+    """
+    workdir, allowed = run.workdir, run.config.guard.skill_drop
+    start = evaluate_skills(run, run.policy_directory(1), workdir.start_skills)["skill"]
+    candidates = [(workdir.policy(number), workdir.evaluation(number, "skills"))]
+    for step in reversed(run.config.evaluate.steps):
+        if workdir.policy_at(number, step).exists():
+            file = workdir.evaluation(number, f"step_{step:03d}_skills")
+            candidates.append((workdir.policy_at(number, step), file))
+    found = []
+    for directory, file in candidates:
+        found.append(
+            {"policy": directory.name, "skill": evaluate_skills(run, directory, file)["skill"]}
+        )
+        if start - found[-1]["skill"] <= allowed:
+            break
+    else:
+        directory = run.policy_directory(number)
+        found.append({"policy": "the one the round began with"})
+    if len(found) == 1:
+        return []
+    before = workdir.evaluation(number, "skills")
+    before.unlink()
+    shutil.rmtree(workdir.policy(number))
+    shutil.copytree(directory, workdir.policy(number))
+    record = workdir.round(number) / "guard_skill.json"
+    write_json(record, {"start": start, "allowed_drop": allowed, "tried": found})
+    print(
+        f"GUARD: round {number} lost skill: {found[0]['skill']:.1%} after {start:.1%} at the "
+        f"start, more than {allowed:.1%} (config.guard.skill_drop); kept: {found[-1]['policy']}"
+    )
+    return [record]

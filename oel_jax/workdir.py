@@ -7,8 +7,10 @@
         deploy/       extract_chain_00.jsonl .. (games for knowledge), step_001.jsonl .. (prefixes)
         demonstrate/  step_001.jsonl .. (played with knowledge; off-policy baselines only)
         knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
+        preflight.json  what each text gains in context, measured before consolidation
         consolidate/  Orbax checkpoints inside the round
         policy/       the model handed to the next round, as a Hugging Face directory
+        policy_step_005/ ..   the same after these optimizer steps, if `evaluate.steps` asks
         evaluate/     consolidated.json, in_context.json, ..., and *.samples.json: some games
       evaluate/start.json   the starting model
       tensorboard/  metrics.jsonl  summary.json  report.html
@@ -35,14 +37,17 @@ from oel_jax.errors import UserError
 SCHEMA = "oel.workdir/1"
 
 # Stages of a round, in order.
-STAGES = ("deploy", "extract", "demonstrate", "consolidate", "evaluate")
+STAGES = ("deploy", "extract", "demonstrate", "preflight", "consolidate", "evaluate")
 
 
 def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stages a run with this config has: only the off-policy baselines demonstrate."""
-    if config["consolidate"].get("mode", "on_policy") != "on_policy":
-        return STAGES
-    return tuple(stage for stage in STAGES if stage != "demonstrate")
+    """The stages a run with this config has: the baselines demonstrate, pre-flight can be off."""
+    without = set()
+    if config["consolidate"].get("mode", "on_policy") == "on_policy":
+        without.add("demonstrate")
+    if not config.get("preflight", {"games": 0})["games"]:
+        without.add("preflight")
+    return tuple(stage for stage in STAGES if stage not in without)
 
 
 # Config fields (or groups of them) that may differ when a run goes on, each with the reason.
@@ -57,6 +62,8 @@ FREE_FIELDS = {
     "sampler.prefill_chunk": "memory against speed",
     "sampler.overlap": "speed only",
     "model.attention_block": "memory against speed",
+    "preflight.on_harm": "what follows from the pre-flight; the warning says how to go on",
+    "preflight.least_gain": "compared with what was measured, whenever consolidation is due",
     "consolidate.save_every": "how often a checkpoint is written",
     "consolidate.remat": "memory against speed",
     "loss.chunk": "memory against speed",
@@ -255,6 +262,10 @@ class Workdir:
         """The K knowledge texts that the round uses."""
         return self.round(round_number) / "knowledge" / "knowledge.json"
 
+    def preflight(self, round_number: int) -> Path:
+        """What each knowledge text gains in context, before consolidation."""
+        return self.round(round_number) / "preflight.json"
+
     def checkpoints(self, round_number: int) -> Path:
         """Orbax checkpoints inside the round (absolute, as Orbax wants it)."""
         return (self.round(round_number) / "consolidate").absolute()
@@ -262,6 +273,14 @@ class Workdir:
     def policy(self, round_number: int) -> Path:
         """Hugging Face directory of the model that round `round_number` produced."""
         return self.round(round_number) / "policy"
+
+    def policy_at(self, round_number: int, step: int) -> Path:
+        """The same after an optimizer step inside the round (`evaluate.steps`)."""
+        return self.round(round_number) / f"policy_step_{step:03d}"
+
+    def guard_file(self, round_number: int) -> Path:
+        """Why the round was stopped early, if a guard did."""
+        return self.round(round_number) / "guard.json"
 
     def evaluation(self, round_number: int, name: str) -> Path:
         """An evaluation of the round, e.g. 'consolidated', 'in_context', 'curve_chain_00'."""

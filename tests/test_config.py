@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from oel_jax import config as oel_config
-from oel_jax import games
+from oel_jax import games, prompts
 from oel_jax.config_rules import rules
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
+from oel_jax.presets import apply_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
@@ -94,6 +95,14 @@ def test_every_field_is_commented():
         ("extract.template_file", "no/such/file.txt"),
         ("extract.unfinished_thought", "ask"),
         ("extract.truncate", "middle"),
+        ("extract.experience", "all"),
+        ("extract.deduplicate", 1),
+        ("extract.no_op", "yes"),
+        ("preflight.games", -1),
+        ("preflight.games", 1.5),
+        ("preflight.on_harm", "ask"),
+        ("preflight.least_gain", 1.01),
+        ("preflight.least_gain", float("nan")),
         ("consolidate.steps", 0),
         ("consolidate.learning_rate", 0.0),
         ("consolidate.learning_rate", -1e-6),
@@ -164,8 +173,8 @@ def test_registered_games_are_accepted():
 
 
 def test_presets_are_the_columns_of_section_12():
-    paper = oel_config.apply_preset(oel_config.default(), "paper")
-    released = oel_config.apply_preset(oel_config.default(), "released")
+    paper = apply_preset(oel_config.default(), "paper")
+    released = apply_preset(oel_config.default(), "released")
     # field -> default, paper, released; typed from the table, not from the code
     columns = {
         "deploy.games_per_step": (64, 64, 128),
@@ -197,13 +206,13 @@ def test_presets_are_the_columns_of_section_12():
         oel_config.validate(config)
     sokoban = oel_config.default()
     sokoban.game.name = "sokoban"
-    assert oel_config.apply_preset(sokoban, "released").rounds == 3
+    assert apply_preset(sokoban, "released").rounds == 3
     with pytest.raises(UserError, match="'best' is unknown.*paper"):
-        oel_config.apply_preset(oel_config.default(), "best")
+        apply_preset(oel_config.default(), "best")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("preset", [None, "paper", "released"])
+@pytest.mark.parametrize("preset", [None, "paper", "released", "recommended"])
 def test_config_files_are_valid_under_every_preset(path, preset):
     config = load(path, preset)
     oel_config.validate(config)
@@ -288,12 +297,44 @@ def test_extraction_template_variants(tmp_path):
         oel_config.validate(c)
 
 
+def test_nothing_new_needs_previous_knowledge():
+    c = oel_config.default()
+    c.extract.no_op = True
+    oel_config.validate(c)
+    c.extract.previous = False
+    with pytest.raises(UserError, match=r"config\.extract\.no_op is True.*extract\.previous=False"):
+        oel_config.validate(c)
+
+
+@pytest.mark.parametrize("kind", ["raw", "none"])
+@pytest.mark.parametrize("field", ["model_path", "knowledge_from"])
+def test_experience_that_no_extractor_writes_has_no_extractor(kind, field):
+    c = oel_config.default()
+    c.extract.experience, c.extract[field] = kind, "somewhere"
+    with pytest.raises(UserError, match=rf"extract\.{field} is 'somewhere'.*experience='{kind}'"):
+        oel_config.validate(c)
+
+
+@pytest.mark.parametrize("version", ["v3", "v4"])
+@pytest.mark.parametrize("template", ["", "paper"])
+def test_one_sentence_more_says_how_to_write_nothing(version, template):
+    c = oel_config.default()
+    c.extract.version, c.extract.template_file = version, template
+    plain = oel_config.extraction_template(c)
+    if plain is None:
+        plain = {"v3": prompts.GAME_V3, "v4": prompts.GAME_V4}[version]
+    c.extract.no_op = True
+    sentence = "If the interaction history teaches nothing beyond the previous experience, answer "
+    assert oel_config.extraction_template(c) == f"{plain}\n{sentence}exactly: NO NEW EXPERIENCE\n"
+    oel_config.validate(c)
+
+
 def test_repeated_deploy_boards_are_remarked():
     c = oel_config.default()
     c.consolidate.steps = 100
     assert not oel_config.validate(c)
     c.deploy.games_per_step = 128
-    assert "12928" in oel_config.validate(c)[0]
+    assert "12944" in oel_config.validate(c)[0]  # 16 of them for the pre-flight
 
 
 MODEL = ModelConfig.from_hf(

@@ -1,7 +1,10 @@
 """Chains of knowledge: lock-step, batching, thoughts, modes, and bad trajectory files."""
 
+import importlib
+import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from oel_jax.prompts import extraction_history
 from oel_jax.trajectories import read
 from oel_jax.workdir import read_json
 
+module = importlib.import_module("oel_jax.extract")
 LATER = ("extract", "consolidate", "evaluate")
 
 
@@ -186,6 +190,91 @@ def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message
         extracted(finished_run, work)
     assert str(path) in str(caught.value) and message in str(caught.value)
     assert not texts(work)
+
+
+# --- upkeep of knowledge --------------------------------------------------------------------------
+
+SAYINGS = ["H is deadly.", "h  is deadly", "G wins the game.", "NO NEW EXPERIENCE"]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Calls take turns with these answers, whatever the model generates."""
+    turn = itertools.count()
+    absorb = module._absorb
+
+    def speaking(run, extractor, round_number, chain, step, answer, opened):
+        words = f"</think>- EXPERIENCE ITEM: {SAYINGS[next(turn) % len(SAYINGS)]}"
+        ids = tuple(extractor.tokenizer.encode(words))
+        answer = replace(answer, ids=ids, stopped=False, log_probs=None)
+        absorb(run, extractor, round_number, chain, step, answer, opened)
+
+    monkeypatch.setattr(module, "_absorb", speaking)
+
+
+def steps_of(work):
+    """[chain][step] -> the saved record."""
+    place = work / "round_001" / "knowledge"
+    return [
+        [read_json(place / f"chain_{chain:02d}" / f"step_{step:03d}.json") for step in (1, 2)]
+        for chain in range(2)
+    ]
+
+
+def test_known_items_and_empty_answers_are_not_appended(finished_run, tmp_path, said, capsys):
+    """Chain 0 says the first and the third, chain 1 the second and the last."""
+    work = tmp_path / "run"
+    extracted(finished_run, work, extract__no_op=True, extract__max_prompt=384)
+    first, second = steps_of(work)
+    assert [record["no_new"] for record in first] == [False, False]
+    assert [record["no_new"] for record in second] == [False, True]
+    assert second[1]["text"] == second[0]["text"] and second[1]["parsed"] == ""
+    assert "duplicates" not in second[1]
+    rows = [r["values"] for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "extract"]
+    assert [row["no_new"] for row in rows] == [0.0, 0.5]
+    assert [row["nothing_parsed"] for row in rows] == [0.0, 0.0]
+    assert "1 answer(s) with nothing new (config.extract.no_op) in 4" in capsys.readouterr().out
+
+
+def test_duplicates_are_counted(finished_run, tmp_path, said, monkeypatch, capsys):
+    monkeypatch.setitem(globals(), "SAYINGS", [SAYINGS[0], SAYINGS[2], SAYINGS[1]])
+    work = tmp_path / "run"
+    extracted(finished_run, work, extract__deduplicate=True)
+    first, second = steps_of(work)  # chain 0: H, then H again; chain 1: G, then H
+    assert [record["duplicates"] for record in first] == [0, 1]
+    assert [record["duplicates"] for record in second] == [0, 0]
+    assert first[1]["text"] == first[0]["text"] == first[0]["parsed"] and first[1]["parsed"] == ""
+    assert second[1]["text"] == f"{second[0]['parsed']}\n{second[1]['parsed']}"
+    rows = [r["values"] for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "extract"]
+    assert [row["duplicates"] for row in rows] == [0.0, 0.5]
+    assert [row["nothing_parsed"] for row in rows] == [0.0, 0.0]
+    assert "1 item(s) left out that were known already" in capsys.readouterr().out
+    plain = tmp_path / "plain"
+    extracted(finished_run, plain)
+    assert len(steps_of(plain)[0][1]["text"]) > len(first[1]["text"])
+
+
+def test_upkeep_goes_on_after_a_kill(finished_run, tmp_path):
+    settings = dict(extract__deduplicate=True)
+    whole = extracted(finished_run, tmp_path / "a", **settings)
+    work = tmp_path / "b"
+    alone = extracted(finished_run, work, extract__chains=1, **settings)
+    (work / "round_001" / "knowledge" / "chain_00" / "step_002.json").unlink()
+    assert alone and extracted(finished_run, work, **settings) == whole
+
+
+def test_without_upkeep_records_and_prompts_are_as_before(finished_run, tmp_path, asked):
+    extracted(finished_run, tmp_path / "off")
+    keys = set(steps_of(tmp_path / "off")[0][0])
+    assert keys == {
+        "chain", "step", "text", "parsed", "response", "thought_finished", "stopped",
+        "response_tokens", "knowledge_tokens",
+    }  # fmt: skip
+    extracted(finished_run, tmp_path / "on", extract__no_op=True, extract__max_prompt=384)
+    decode = load_tokenizer(tiny_config().model.path).decode
+    shown = [decode(ids) for ids in asked]
+    assert len(shown) == 8
+    assert [knowledge.NO_OP in text for text in shown] == [False] * 4 + [True] * 4
 
 
 # --- experience that no extractor writes ----------------------------------------------------------

@@ -1,5 +1,6 @@
 """Knowledge: parsing, thoughts, accumulation and truncation (spec 6.1-6.3)."""
 
+import random
 import re
 
 import pytest
@@ -93,6 +94,95 @@ def test_append():
     assert knowledge.append("", "a") == "a"
     assert knowledge.append("a", "") == "a"
     assert knowledge.append("a", "b\nc") == "a\nb\nc"
+
+
+# --- upkeep ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("H is deadly.", "H is deadly."),
+        ("H is deadly.", "h IS Deadly"),
+        ("H is deadly", "  H  is\tdeadly .  "),
+        ("Stra\u00dfe.", "STRASSE"),
+    ],
+)
+def test_equal_items_are_left_out(old, new):
+    for one, other in ((old, new), (new, old)):
+        text = f"{ITEM} first\n{ITEM} {one}"
+        assert knowledge.deduplicate(text, f"{ITEM} {other}") == ("", 1)
+        assert knowledge.deduplicate("", f"{ITEM} {one}\n{ITEM}{other}") == (
+            f"{ITEM} {one}".rstrip(),
+            1,
+        )
+        assert knowledge.deduplicate(one, f"{other}\nmore") == ("more", 1)  # lines of v3
+
+
+@pytest.mark.parametrize(
+    "new", ["G is deadly.", "H is deadly..", "H is deadly!", "H isdeadly", "H is", "- H is deadly."]
+)
+def test_other_items_stay(new):
+    assert knowledge.deduplicate(f"{ITEM} H is deadly.", f"{ITEM} {new}") == (f"{ITEM} {new}", 0)
+
+
+def test_what_has_no_duplicate_stays_byte_for_byte():
+    for parsed in ("", "one\n\n\ntwo  \n.\n..", f"{ITEM} a\n{ITEM} b", "\u2028 x"):
+        assert knowledge.deduplicate("", parsed) == (parsed, 0)
+        assert knowledge.deduplicate("zero\n\nthree", parsed) == (parsed, 0)
+    assert knowledge.deduplicate("b", "# a\n\nB.\n\nc") == ("# a\n\n\nc", 1)  # blank lines stay
+    assert knowledge.deduplicate("b", "B.\n\nb") == ("", 2)
+
+
+def test_deduplication_against_all_pairs():
+    """By definition: an item stays if no earlier one is equal, in the text or in the answer."""
+    rng = random.Random(0)
+    pool = ["H is bad", "h is bad.", "H  is bad", "G wins", "G wins.", "short paths", "H", "h."]
+
+    def equal(one, other):
+        shape = [re.sub(r"\s+", " ", text).strip().lower() for text in (one, other)]
+        return len({text[:-1] if text.endswith(".") else text for text in shape}) == 1
+
+    dropped_in_all = 0
+    for _ in range(200):
+        old, new = (rng.choices(pool, k=rng.randint(0, 4)) for _ in range(2))
+        kept = []
+        for i, item in enumerate(new):
+            if not any(equal(item, other) for other in [*old, *new[:i]]):
+                kept.append(item)
+        texts = ["\n".join(f"{ITEM} {item}" for item in some) for some in (old, new, kept)]
+        dropped_in_all += len(new) - len(kept)
+        assert knowledge.deduplicate(texts[0], texts[1]) == (texts[2], len(new) - len(kept))
+    assert dropped_in_all > 100
+
+
+@pytest.mark.parametrize("version", ["v3", "v4"])
+@pytest.mark.parametrize(
+    ("answer", "rest", "no_new"),
+    [
+        ("NO NEW EXPERIENCE", "", True),
+        ("\n\n no new Experience. \n", "", True),
+        (f"{ITEM} NO NEW EXPERIENCE", "", True),
+        (f"{ITEM} no new experience.\n{ITEM} NO NEW EXPERIENCE", "", True),
+        (f"{ITEM} H is deadly.\n{ITEM} NO NEW EXPERIENCE", f"{ITEM} H is deadly.", False),
+        (f"{ITEM} H is deadly.", f"{ITEM} H is deadly.", False),
+        (f"{ITEM} There is NO NEW EXPERIENCE", f"{ITEM} There is NO NEW EXPERIENCE", False),
+        ("", "", False),
+    ],
+)
+def test_nothing_new(version, answer, rest, no_new):
+    parsed = knowledge.parse(answer, version)
+    assert knowledge.without_no_op(answer, parsed) == (rest, no_new)
+
+
+def test_nothing_new_in_other_words_is_no_such_answer():
+    for answer in ("There is no new experience here.", "NO NEW EXPERIENCES", "NO NEW EXPERIENCE!"):
+        assert knowledge.without_no_op(answer, "") == ("", False)
+        assert knowledge.without_no_op(answer, answer) == (answer, False)
+    marker = "-- RULE:"
+    parsed = knowledge.parse("-- RULE: no new experience", "v4", marker)
+    assert knowledge.without_no_op("", parsed, marker) == ("", True)
+    assert knowledge.without_no_op("", parsed) == (parsed, False)  # of another marker
 
 
 def items(*sizes):

@@ -302,7 +302,7 @@ def test_too_long_prompts_are_refused_or_lose_their_beginning(chat_model):
     lm.generate_until(asked)
     assert lm.truncated == 1
     kept = chat_model.tokenizer.encode(long)[-(most - 4) :]
-    raw = lm.responses.find(Place("t", 0, 1, 0), prompt_digest(kept)).response
+    raw = lm.responses.find(Place("t", 0, 0, 0), prompt_digest(kept)).response
     assert raw == chat_model.tokenizer.decode(greedy_ids(chat_model, kept, 4))
     with pytest.raises(UserError, match="task t has a prompt"):
         PolicyLM(chat_model).loglikelihood(requests("loglikelihood", (long, " yes")))

@@ -23,9 +23,9 @@ from oel_jax.study import Expectation, Measure, Other, Plot, Study, Variant
 from oel_jax.workdir import FREE_FIELDS, Workdir, is_free, read_json, write_json
 
 loop = importlib.import_module("oel_jax.loop")
-deploy, extract, consolidate, skills = (
+deploy, extract, consolidate, preflight, skills = (
     importlib.import_module(f"oel_jax.{name}")
-    for name in ("deploy", "extract", "consolidate", "skills")
+    for name in ("deploy", "extract", "consolidate", "preflight", "skills")
 )
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.py"))
 START, CONTEXT, AFTER = "start", "in context", "after"
@@ -153,6 +153,34 @@ def test_demonstrations_are_shared(finished_study, tmp_path, monkeypatch):
     assert rows[0] == rows[1] and "demonstrate" in {row["stage"] for row in rows[0]}
 
 
+def test_a_preflight_is_shared(finished_study, tmp_path, monkeypatch):
+    """It does not depend on how the texts are consolidated, nor on what follows from it."""
+    root = tmp_path / "study"
+    shutil.copytree(finished_study, root)
+    stages, on = ("deploy", "extract", "preflight"), {"preflight.games": 2}
+    variants = (
+        Variant("a", on, stages=stages),
+        Variant("b", on | {"consolidate.learning_rate": 0.5}, stages=stages),
+        Variant("c", on | {"preflight.on_harm": "stop"}, stages=stages),
+        Variant("d", {"preflight.games": 3}, stages=stages),
+    )
+    played, games = [], preflight._games
+
+    def counting(run, *rest):
+        played.append(run.workdir.root.parent.name)
+        return games(run, *rest)
+
+    monkeypatch.setattr(preflight, "_games", counting)
+    run_study(tiny_study(variants=(*tiny_study().variants, *variants)), root)
+    assert played == ["a", "d"]
+    name = "round_001/preflight.json"
+    for twin in "bc":
+        assert (root / twin / "seed_0" / name).samefile(root / "a" / "seed_0" / name)
+    rows = [results(root / v.name / "seed_0")["metrics"] for v in variants]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    assert "preflight" in {row["stage"] for row in rows[0]}
+
+
 def test_files_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
     source, target = tmp_path / "a" / "x.json", tmp_path / "b" / "c" / "x.json"
     source.parent.mkdir()
@@ -195,6 +223,16 @@ OTHER = {
     "consolidate.drop_remainder": 3,
     "consolidate.moments_dtype": "bfloat16",
     "consolidate.mode": "off_policy",
+    "consolidate.turn_fraction": 0.5,
+    "consolidate.turn_floor": 0.001,
+    "consolidate.retention": "plain",
+    "consolidate.retention_weight": 0.7,
+    "consolidate.teacher": "trust_region",
+    "consolidate.teacher_rate": 0.3,
+    "guard.response_tokens": (0.1, 9.0),
+    "guard.entropy": (0.1, 9.0),
+    "guard.skill_drop": 0.9,
+    "evaluate.steps": (1,),
     "deploy.temperature": 1.3,
     "deploy.top_p": 0.5,
     "deploy.top_k": 3,
@@ -213,6 +251,9 @@ OTHER = {
     "extract.model_path": "nano:tiny",
     "extract.experience": "raw",
     "extract.knowledge_from": "elsewhere",
+    "extract.deduplicate": True,
+    "extract.no_op": True,
+    "preflight.games": 3,
     "extract.chains": 1,
     "extract.n_run": 3,
     "extract.temperature": 1.3,
@@ -288,6 +329,15 @@ def test_left_out_fields_leave_the_files_byte_for_byte(kind, finished_run, tmp_p
             deploy.demonstrate(run, 1)
         (tmp_path / "plain" / first / "demonstrate" / "step_003.jsonl").unlink()
         finished_run, pattern = tmp_path / "plain", f"{first}/demonstrate/*"
+    elif kind == "preflight":  # no part of the finished run either
+        work = tmp_path / "plain"
+        shutil.copytree(finished_run, work)
+        with opened(work, tiny_config(preflight__games=4), change=True) as run:
+            preflight.preflight(run, 1)
+        config.preflight.games = 4
+        with _undone(finished_run, tmp_path, config) as run:
+            preflight.preflight(run, 1)
+        finished_run, pattern = work, f"{first}/preflight.json"
     elif kind == "chains":
         with _undone(finished_run, tmp_path, config, f"{first}/deploy") as run:
             deploy.deploy(run, 1)

@@ -103,7 +103,7 @@ def test_only_games_imports_textarena():
 def test_only_main_loop_and_report_know_both_sides():
     """No other module imports a stage of the user side and one of the server side."""
     modules = modules_of(ROOT)
-    user = [f"{PACKAGE}.{room}" for room in ("deploy", "evaluate", "games")]
+    user = [f"{PACKAGE}.{room}" for room in ("deploy", "evaluate", "preflight", "games")]
     server = [f"{PACKAGE}.{room}" for room in ("extract", "consolidate")]
     both = set()
     for name, path in modules.items():

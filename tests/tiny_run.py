@@ -49,6 +49,7 @@ FIELDS = {
     "extract.n_run": 2,
     "extract.l_max": 48,
     "extract.max_prompt": 256,
+    "preflight.games": 0,
     "consolidate.steps": 3,
     "consolidate.learning_rate": 3e-4,
     "consolidate.save_every": 1,
@@ -116,6 +117,7 @@ def results(workdir: Path) -> dict[str, object]:
             "round_*/knowledge/**/*",
             "round_*/policy/*",
             "round_*/evaluate/*",
+            "round_*/preflight.json",
         )
     )
     rows = read(workdir / "metrics.jsonl")

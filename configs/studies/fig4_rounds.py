@@ -6,6 +6,12 @@ consolidation reaches more than the last value in context; each round starts fro
 baseline. For the first round of both pairs Tables 1 and 2 give numbers, which stand beside ours.
 
 Expected: reading more games helps in round 1; each round ends above the last, in both games.
+
+Found (nano, loop seeds 1-2): all of it, in the mean. Frozen Lake 4.7 -> 9.6 -> 90.2 -> 100 %, where
+both seeds learn at once, but not in the same round, so that the intervals of rounds 1 and 2 are
+wide. Sokoban 23.2 % [18.0, 29.5] -> 38.7 % [31.7, 46.1] -> 78.3 % [70.1, 84.7] -> 84.0 % [75.9,
+89.7]. In context round 1 saturates after few games, since a nano text says little more after four.
+Run time: 13 minutes on one CPU core.
 """
 
 from pathlib import Path
@@ -30,6 +36,7 @@ def get_study(preset: str) -> Study:
         for config in (lake, room):
             config.extract.n = config.extract.n_run = 6
             config.evaluate.seeds = 2
+            config.preflight.games = 0
         room.consolidate.steps = 12
     else:
         lake = load_config(_CONFIGS / "frozen_lake_qwen3_1p7b.py")

@@ -5,6 +5,10 @@ gathers, stays low after consolidation, and is about 70 % of the first length by
 (the only value printed). Intervals are over loop seeds.
 
 Expected: shorter with knowledge in context; shorter than the start after the last round.
+
+Found (nano, loop seeds 1-3): 0.85 [0.77, 0.93] with round 1's knowledge in context, 0.77 after
+round 3 on every seed: a nano answer has a fixed form, which ends at 20 of 26 tokens.
+Run time: 9 minutes on one CPU core.
 """
 
 from pathlib import Path
@@ -22,6 +26,7 @@ def get_study(preset: str) -> Study:
     if preset == "nano":
         config = load_config(_CONFIGS / "nano_frozen_lake.py")
         config.evaluate.maps, config.evaluate.seeds = 64, 2  # lengths need few games
+        config.preflight.games = 0
         points, seeds = (1, 2, 4), (1, 2, 3)
     else:
         config = load_config(_CONFIGS / "frozen_lake_qwen3_1p7b.py")

@@ -44,22 +44,31 @@ def get_study(preset: str) -> Study:
     """The study; 'nano' is Frozen Lake with the bundled model, the other is the paper's own."""
     if preset == "nano":
         config = load_config(_CONFIGS / "nano_frozen_lake.py")
-        config.evaluate.seeds = 4
+        config.evaluate.seeds = 2
         config.evaluate.skills = True
-        config.consolidate.learning_rate = 3e-4
+        config.preflight.games = 0
+        config.consolidate.steps, config.consolidate.learning_rate = 10, 1e-3
+        config.evaluate.steps = (5,)
         seeds = (1, 2, 3)
     else:
         config = load_config(_CONFIGS / "frozen_lake_qwen3_1p7b.py")
+        config.evaluate.steps = (10,)
         seeds = (0, 1, 2)
     config.rounds = _ROUNDS
     config.evaluate.unseen_split = False
     config.evaluate.in_context = False
-    measures = [Measure("start", "start")]
-    measures += [Measure(_after(n), "consolidated", n) for n in range(1, _ROUNDS + 1)]
-    skills = []
+    half = config.evaluate.steps[0]
+    measures, skills = [Measure("start", "start")], []
     if preset == "nano":
         skills = [Measure(_skill(0), "start_skills", value="skill")]
-        skills += [Measure(_skill(n), "skills", n, "skill") for n in range(1, _ROUNDS + 1)]
+    for n in range(1, _ROUNDS + 1):
+        inside, name = f"step_{half:03d}", f"round {n}, step {half}"
+        measures += [Measure(name, inside, n), Measure(_after(n), "consolidated", n)]
+        if preset == "nano":
+            skills += [
+                Measure(f"skill in {name}", f"{inside}_skills", n, "skill"),
+                Measure(_skill(n), "skills", n, "skill"),
+            ]
     plots = [
         Plot("pass_rate", "Pass rate along rounds", tuple(m.name for m in measures), (), "line")
     ]

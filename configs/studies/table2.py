@@ -8,6 +8,13 @@ read).
 
 Expected: every source of knowledge raises the pass rate; one's own raises it most when
 consolidated.
+
+Found (nano, loop seeds 1-3): every source raises it in the mean (4.6 % -> own 63.3 %, larger_reads
+64.7 %, larger_plays 37.7 %, consolidated), but how much of round 1's knowledge is learned differs
+so much between seeds that no interval is apart from the start's. That the larger model reads makes
+no difference, since small and medium extract equally well; that one's own is better than what a
+larger model learned from its own games holds in the mean, as in the paper.
+Run time: 7.5 minutes on one CPU core.
 """
 
 from pathlib import Path
@@ -34,6 +41,7 @@ def get_study(preset: str) -> Study:
         config = load_config(_CONFIGS / "nano_frozen_lake.py")
         config.consolidate.learning_rate = 3e-4
         config.evaluate.seeds = 4
+        config.preflight.games = 0
         larger, seeds = "nano:medium", (1, 2, 3)
     else:
         config = load_config(_CONFIGS / "frozen_lake_qwen3_1p7b.py")

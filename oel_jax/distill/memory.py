@@ -43,7 +43,7 @@ class Accumulator:
         return sum(self._held.values()) + self.temporaries
 
     def __call__(self, gradients: Any, *inputs: Any) -> tuple[Any, Sums]:
-        """As `accumulate` without `step`."""
+        """As `accumulate` without `step`; `inputs` in its order."""
         key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inputs))
         if key not in self._programs:
             program = accumulate.lower(gradients, *inputs, step=self._step).compile()
@@ -51,7 +51,8 @@ class Accumulator:
             needs = int(program.memory_analysis().temp_size_in_bytes)
             if needs > self.temporaries:
                 self.temporaries = needs
-                print(self._report(inputs[-1].sampled.shape, inputs[-1].student.tokens.shape))
+                batch = inputs[3]
+                print(self._report(batch.sampled.shape, batch.student.tokens.shape))
         return self._programs[key](gradients, *inputs)
 
     def _report(self, responses: tuple[int, int], tokens: tuple[int, int]) -> str:

@@ -7,6 +7,7 @@ cached prefix. Every sample carries its own weight, so the packing cannot change
 denominator is that of the whole step (spec 8.4).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ class Sample:
       response: the student's response ids.
       log_probs: their log-probabilities when they were sampled.
       knowledge: index of the text the teacher sees.
+      game: index of the game within the step; the prefixes of a game are one trajectory.
     """
 
     prompt: Sequence[int]
@@ -36,6 +38,7 @@ class Sample:
     response: Sequence[int]
     log_probs: np.ndarray
     knowledge: int
+    game: int = 0
 
     @property
     def student_length(self) -> int:
@@ -66,7 +69,10 @@ class View:
 @jax.tree_util.register_dataclass
 @dataclass
 class MicroBatch:
-    """Student and teacher views of the same response tokens; weight 0 is padding."""
+    """Student and teacher views of the same response tokens; weight 0 is padding.
+
+    `place` says in which of `places` equal parts of the longest answer a token lies.
+    """
 
     student: View
     teacher: View
@@ -74,6 +80,7 @@ class MicroBatch:
     log_prob: Float[np.ndarray, "B R"]
     weight: Float[np.ndarray, "B R"]
     mask: Float[np.ndarray, "B R"]
+    place: Int[np.ndarray, "B R"]
 
 
 SHORTEST_ROW = 64  # tokens
@@ -169,11 +176,16 @@ def fill(
     weights: Sequence[float],
     rows: list[list[int]],
     shape: Shape,
+    longest: int = 1,
+    places: int = 1,
 ) -> MicroBatch:
-    """The arrays of one micro-batch; `weights[i]` applies to every response token of sample i."""
+    """The arrays of one micro-batch; `weights[i]` applies to every response token of sample i.
+
+    longest, places: an answer of `longest` tokens goes through all `places` of `MicroBatch.place`.
+    """
     student, teacher = _empty_view(shape), _empty_view(shape)
     flat = (shape.rows, shape.responses)
-    sampled = np.zeros(flat, np.int32)
+    sampled, place = (np.zeros(flat, np.int32) for _ in range(2))
     log_prob, weight, mask = (np.zeros(flat, np.float32) for _ in range(3))
     for r, row in enumerate(rows):
         at_student = at_teacher = at_response = 0
@@ -186,10 +198,11 @@ def fill(
             log_prob[r, here] = s.log_probs
             weight[r, here] = weights[index]
             mask[r, here] = 1.0
+            place[r, here] = np.minimum(np.arange(len(s.response)) * places // longest, places - 1)
             at_student += s.student_length
             at_teacher += s.teacher_length
             at_response = here.stop
-    return MicroBatch(student, teacher, sampled, log_prob, weight, mask)
+    return MicroBatch(student, teacher, sampled, log_prob, weight, mask, place)
 
 
 def _empty_view(shape: Shape) -> View:
@@ -226,6 +239,8 @@ def sample_weights(
     """Weight of each response token of each sample (spec 8.4).
 
     token_mean: 1 / (response tokens of the step). seq_mean: 1 / (N |y_i|).
+    trajectory_mean: 1 / (G * tokens of the sample's game), G games: averaged within a trajectory,
+    then over trajectories, so that a long game does not count more.
     micro_token_mean: (n_u / N) / (tokens of micro-batch u), the released form, which depends on the
     micro-batches.
 
@@ -237,6 +252,11 @@ def sample_weights(
         return [1.0 / sum(len(s.response) for s in samples)] * count
     if aggregation == "seq_mean":
         return [1.0 / (count * len(s.response)) for s in samples]
+    if aggregation == "trajectory_mean":
+        tokens = Counter()
+        for sample in samples:
+            tokens[sample.game] += len(sample.response)
+        return [1.0 / (len(tokens) * tokens[sample.game]) for sample in samples]
     if aggregation == "micro_token_mean":
         weights = [0.0] * count
         for _, rows in batches:

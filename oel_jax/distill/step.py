@@ -1,4 +1,8 @@
-"""One optimizer step: gradients accumulated over micro-batches, then AdamW on float32 masters."""
+"""One optimizer step: gradients accumulated over micro-batches, then AdamW on float32 masters.
+
+Beside the method's loss: a retention term, a teacher held near the student (trust region), and how
+much knowledge moves the teacher, by which turns can be chosen.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +30,12 @@ class StepConfig:
       dtype: compute dtype of the student; the teacher's weights are already in it.
       remat: what layers keep for the backward pass, one of `lm.model.REMAT`.
       block: query block of the attention.
+      retention: 'none'; 'plain' adds KL(student || teacher), both without knowledge; 'knowledge'
+        the same of both with knowledge, the student's prefix being a constant.
+      retention_weight: factor of that term.
+      trust: 0 = off; else the teacher's logits are (1 - trust) of the teacher's and trust of the
+        student's own with knowledge, as a constant: the log-linear mixture that lies nearest to
+        both in reverse KL.
     """
 
     model: ModelConfig
@@ -33,6 +43,19 @@ class StepConfig:
     dtype: Any
     remat: str
     block: int
+    retention: str = "none"
+    retention_weight: float = 0.0
+    trust: float = 0.0
+
+    @property
+    def own_view(self) -> bool:
+        """Whether the student reads the knowledge too; `micro_loss` then needs its prefix."""
+        return self.retention == "knowledge" or self.trust > 0
+
+    @property
+    def kept(self) -> KLConfig:
+        """The divergence of the retention term: the method's, on the same support size."""
+        return KLConfig(self.kl.top_k, self.kl.temperature, chunk=self.kl.chunk, pick=self.kl.pick)
 
 
 class Sums(NamedTuple):
@@ -45,6 +68,12 @@ class Sums(NamedTuple):
     student_entropy: Float[Array, ""]
     teacher_entropy: Float[Array, ""]
     log_prob_gap: Float[Array, ""]  # |trainer - sampler| log-probability of the sampled token
+    retention: Float[Array, ""]  # KL of the retention term; 0 without one
+    kl_by_place: Float[Array, " places"]  # `kl` by place in the answer, see `PLACES`
+    tokens_by_place: Float[Array, " places"]
+
+
+PLACES = 32  # of a histogram: equal parts of the longest answer
 
 
 def optimizer(section: Any) -> optax.GradientTransformation:
@@ -92,30 +121,49 @@ def _hidden(step: StepConfig, params: Params, view: View, cache: KeyValues | Non
 
 
 def micro_loss(
-    params: Params, teacher: Params, cache: KeyValues, batch: MicroBatch, step: StepConfig
+    params: Params,
+    teacher: Params,
+    cache: KeyValues,
+    batch: MicroBatch,
+    own: KeyValues | None = None,
+    *,
+    step: StepConfig,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Weighted top-k reverse KL of one micro-batch, and its sums.
+    """Weighted top-k divergence of one micro-batch (and retention, if any), and its sums.
 
     The teacher reads its own prompt: the cached knowledge prefix, then suffix and response. Only
     `params` gets a gradient.
+
+    Args:
+      own: the knowledge prefix as the student encodes it, where `step.own_view`; a constant.
     """
     student = jax.tree.map(lambda leaf: leaf.astype(step.dtype), params)
+    stop = jax.lax.stop_gradient
     h_s = _hidden(step, student, batch.student, None, step.remat)
-    h_t = jax.lax.stop_gradient(_hidden(step, teacher, batch.teacher, cache, "none"))
-    loss, stats = fused_topk_kl(
-        step.kl,
-        h_s,
-        constrain(head(step.model, student), "vocab", None),
-        h_t,
-        constrain(head(step.model, teacher), "vocab", None),
-        merge_rows(batch.sampled),
-        merge_rows(batch.weight),
-    )
-    return loss, _sums(loss, stats, merge_rows(batch.mask), merge_rows(batch.log_prob))
+    h_t = stop(_hidden(step, teacher, batch.teacher, cache, "none"))
+    w_s, w_t = (constrain(head(step.model, side), "vocab", None) for side in (student, teacher))
+    h_own = _hidden(step, student, batch.teacher, own, step.remat) if step.own_view else None
+    h_aim, w_aim = h_t, w_t
+    if step.trust > 0:  # the sum of two logits is one product of what is put side by side
+        h_aim = jnp.concatenate([(1 - step.trust) * h_t, step.trust * stop(h_own)], axis=-1)
+        w_aim = jnp.concatenate([w_t, stop(w_s)], axis=-1)
+    sampled, weight = merge_rows(batch.sampled), merge_rows(batch.weight)
+    loss, stats = fused_topk_kl(step.kl, h_s, w_s, h_aim, w_aim, sampled, weight)
+    kept = jnp.zeros_like(stats.kl)
+    if step.retention != "none":
+        if step.retention == "plain":
+            seen, base = h_s, stop(_hidden(step, teacher, batch.student, None, "none"))
+        else:
+            seen, base = h_own, h_t
+        term, kept_stats = fused_topk_kl(step.kept, seen, w_s, base, w_t, sampled, weight)
+        loss, kept = loss + step.retention_weight * term, kept_stats.kl
+    return loss, _sums(loss, stats, kept, batch)
 
 
-def _sums(loss: Array, stats: TokenStats, mask: Array, log_prob: Array) -> Sums:
-    gap = jnp.abs(stats.log_prob - log_prob)
+def _sums(loss: Array, stats: TokenStats, kept: Array, batch: MicroBatch) -> Sums:
+    mask, place = merge_rows(batch.mask), merge_rows(batch.place)
+    gap = jnp.abs(stats.log_prob - merge_rows(batch.log_prob))
+    here = jax.nn.one_hot(place, PLACES) * mask[:, None]
     return Sums(
         loss=loss,
         tokens=mask.sum(),
@@ -124,7 +172,26 @@ def _sums(loss: Array, stats: TokenStats, mask: Array, log_prob: Array) -> Sums:
         student_entropy=(stats.student_entropy * mask).sum(),
         teacher_entropy=(stats.teacher_entropy * mask).sum(),
         log_prob_gap=(gap * mask).sum(),
+        retention=(kept * mask).sum(),
+        kl_by_place=(here * stats.kl[:, None]).sum(0),
+        tokens_by_place=here.sum(0),
     )
+
+
+@partial(jax.jit, static_argnames=("step",))
+def sensitivity(
+    teacher: Params, cache: KeyValues, batch: MicroBatch, *, step: StepConfig
+) -> Float[Array, " M"]:
+    """How much knowledge moves the teacher: JSD of its predictions with and without, per token.
+
+    Over the whole vocabulary, at the loss's temperature, in nats; M = B * R as `batch.mask`.
+    """
+    with_it = _hidden(step, teacher, batch.teacher, cache, "none")
+    without = _hidden(step, teacher, batch.student, None, "none")
+    matrix = constrain(head(step.model, teacher), "vocab", None)
+    jsd = KLConfig(1, step.kl.temperature, "jsd", "full", chunk=step.kl.chunk)
+    sampled, weight = merge_rows(batch.sampled), merge_rows(batch.weight)
+    return fused_topk_kl(jsd, without, matrix, with_it, matrix, sampled, weight)[1].kl
 
 
 @partial(jax.jit, static_argnames=("step",), donate_argnames=("gradients",))
@@ -134,14 +201,21 @@ def accumulate(
     teacher: Params,
     cache: KeyValues,
     batch: MicroBatch,
+    own: KeyValues | None = None,
     *,
     step: StepConfig,
 ) -> tuple[Params, Sums]:
-    """Add the gradient of one micro-batch; `gradients` is donated."""
+    """Add the gradient of one micro-batch, see `micro_loss`; `gradients` is donated."""
     (_, sums), new = jax.value_and_grad(micro_loss, has_aux=True)(
-        params, teacher, cache, batch, step
+        params, teacher, cache, batch, own, step=step
     )
     return jax.tree.map(lambda old, add: old + add.astype(jnp.float32), gradients, new), sums
+
+
+@partial(jax.jit, static_argnames=("rate",), donate_argnames=("average",))
+def averaged(average: Params, params: Params, *, rate: float) -> Params:
+    """(1 - rate) * average + rate * params, float32; `average` is donated."""
+    return jax.tree.map(lambda old, new: old + rate * (new - old), average, params)
 
 
 class Update(NamedTuple):

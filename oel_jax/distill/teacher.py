@@ -1,12 +1,12 @@
 """The frozen teacher: its prompts, and the knowledge prefixes it encodes once per round."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.lm.model import KeyValues
+from oel_jax.lm.model import KeyValues, Params
 from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length, shared_start
 from oel_jax.prompts import with_knowledge
 
@@ -66,14 +66,24 @@ class Teacher:
         for text in range(len(self.texts)) if not self._prefixes else ():
             prompts = [self.prompt(text, example) for example in dict.fromkeys(examples)]
             ids = shared_start(prompts)
-            self._prefixes[text] = KnowledgePrefix(ids, self._encode(ids))
+            self._prefixes[text] = KnowledgePrefix(ids, self._encode(self.model.params, ids))
 
-    def _encode(self, ids: Sequence[int]) -> KeyValues:
+    def read_by(self, params: Params, text: int) -> KeyValues:
+        """The prefix of a text as other weights of the same shape encode it."""
+        return self._encode(params, self._prefixes[text].ids)
+
+    def refresh(self, params: Params) -> None:
+        """Take other weights; what is encoded is encoded again."""
+        self.model = replace(self.model, params=params)
+        for text, old in self._prefixes.items():
+            self._prefixes[text] = KnowledgePrefix(old.ids, self._encode(params, old.ids))
+
+    def _encode(self, params: Params, ids: Sequence[int]) -> KeyValues:
         model = self.model
         return encode_prefix(
             model.cfg,
             model.mesh,
-            model.params,
+            params,
             ids,
             width=padded_length(len(ids), 64),
             block=self._block,

@@ -194,6 +194,8 @@ def generated_tokens(data: RunData, round_number: int) -> dict[str, int]:
             tokens *= chains
         elif stage == "demonstrate":
             tokens *= games["deploy"] * values["turns"]
+        elif stage == "preflight":
+            tokens *= values["games"] * values["turns"]
         elif stage == "consolidate" and consolidate.get("mode", "on_policy") == "on_policy":
             tokens *= values["prefixes"]
         elif stage.startswith("evaluate_") and "turns" in values:

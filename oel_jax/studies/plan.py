@@ -42,12 +42,14 @@ class Variant:
       config: base config, if it is not the study's.
       stages: the stages that are run; a variant that only makes something for another one needs
         few. Without 'evaluate' it has no line in the tables.
+      seeds: how many of the study's loop seeds, from the first, it is run with; 0 for all.
     """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     config: ml_collections.ConfigDict | None = None
     stages: tuple[str, ...] = STAGES
+    seeds: int = 0
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,11 @@ def _check_names(study: Study, where: str) -> None:
         for path, value in variant.changes.items():
             if isinstance(value, Other):
                 known(value.variant, variants, f"variant {variant.name}, {path}: variant")
+        if type(variant.seeds) is not int or variant.seeds < 0:
+            raise UserError(
+                f"{where}, variant {variant.name}: seeds is {variant.seeds!r}; give how many of "
+                "the study's seeds it is run with, 0 for all"
+            )
         if not variant.stages or not set(variant.stages) <= set(STAGES):
             raise UserError(
                 f"{where}, variant {variant.name}: stages are {variant.stages!r}; choose from "
@@ -345,6 +352,8 @@ def runs(study: Study, root: Path) -> list[Planned]:
     order = _ordered(study)
     for seed in study.seeds:
         for variant in order:
+            if variant.seeds and seed not in study.seeds[: variant.seeds]:
+                continue
             place = f"study {study.name}, variant {variant.name}"
             changes = {
                 path: str(run_directory(root, value.variant, seed))

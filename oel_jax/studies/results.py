@@ -204,7 +204,7 @@ class Results:
 
 def _start_of(measure: Measure) -> Measure:
     """The same number of the starting model."""
-    skills = measure.evaluation in ("skills", "start_skills")
+    skills = measure.evaluation.endswith("skills")
     return Measure("start", "start_skills" if skills else "start", value=measure.value)
 
 

@@ -60,6 +60,16 @@ _TRAINING = (
     "consolidate.keep_fp32_master",
     "consolidate.drop_remainder",
     "consolidate.moments_dtype",
+    "consolidate.turn_fraction",
+    "consolidate.turn_floor",
+    "consolidate.retention",
+    "consolidate.retention_weight",
+    "consolidate.teacher",
+    "consolidate.teacher_rate",
+    "guard.response_tokens",
+    "guard.entropy",
+    "guard.skill_drop",
+    "evaluate.steps",
 )
 _DEPLOYING = ("deploy.temperature", "deploy.top_p", "deploy.top_k")
 _AMOUNT = ("deploy.games_per_step", "consolidate.steps")
@@ -78,6 +88,8 @@ _WRITING = (  # how knowledge is written, not which games it is written from
     "extract.model_path",
     "extract.experience",
     "extract.knowledge_from",
+    "extract.deduplicate",
+    "extract.no_op",
 )
 _GAMES_FOR_KNOWLEDGE = (
     "extract.chains",
@@ -96,7 +108,8 @@ _JUDGING = (
     "evaluate.unseen_split",
 )
 # Which evaluations are made, not how.
-_WHICH = ("evaluate.in_context", "evaluate.curve", "evaluate.skills")
+_EVALUATIONS = ("evaluate.in_context", "evaluate.curve", "evaluate.skills")
+_WHICH = (*_EVALUATIONS, "preflight.games")  # nothing else reads the pre-flight
 
 # The preset is a name, and what it sets is in the other fields; a model counts by its files.
 _ALWAYS = ("preset", "model.path")
@@ -144,6 +157,17 @@ LEFT_OUT: dict[str, frozenset[str]] = {
             *_JUDGING,
             *_WHICH,
             "evaluate.seed_mode",
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "preflight": (  # `AMOUNT` counts: its boards come after those of training
+            *_TRAINING,
+            *_DEPLOYING,
+            "evaluate.maps",
+            "evaluate.seeds",
+            "evaluate.unseen_split",
+            *_EVALUATIONS,
             "extract.model_path",
             "extract.template_file",
             "extract.knowledge_from",
@@ -243,7 +267,8 @@ def _policy(run: Run, round_number: int) -> list[list[str]]:
     """The files of P_r."""
     if round_number == 1:
         return _directory(run.policy_directory(1))
-    return [[Path(p).name, digest] for p, digest in _digests(run, round_number - 1, "consolidate")]
+    made = [(Path(p), digest) for p, digest in _digests(run, round_number - 1, "consolidate")]
+    return [[path.name, digest] for path, digest in made if path.parent.name == "policy"]
 
 
 def _extraction(run: Run, round_number: int) -> list[Any]:
@@ -293,6 +318,9 @@ def parts(run: Run, round_number: int, stage: str) -> list[Part]:
             part(stage, str(step), inputs, [workdir.demonstrations(round_number, step)])
             for step in range(1, config.consolidate.steps + 1)
         ]
+    if stage == "preflight":
+        inputs = [_policy(run, round_number), _digests(run, round_number, "extract")]
+        return [part(stage, "", inputs, [workdir.preflight(round_number)])]
     if stage == "evaluate":
         return [
             part(kind, name, inputs, files)
@@ -321,6 +349,14 @@ def _evaluations(run: Run, round_number: int) -> list[tuple[str, str, Any, tuple
         file = workdir.evaluation(round_number, "consolidated")
         add("consolidated", "", after, samples_of(file), file)
         skills = workdir.evaluation(round_number, "skills")
+        for step in config.evaluate.steps:
+            policy = workdir.policy_at(round_number, step)
+            if policy.exists():
+                file = workdir.evaluation(round_number, f"step_{step:03d}")
+                add("consolidated", f"step {step}", _directory(policy), samples_of(file), file)
+                if config.evaluate.skills:
+                    file = workdir.evaluation(round_number, f"step_{step:03d}_skills")
+                    add("skills", "", _directory(policy), file)
     else:
         add("start", "", after, samples_of(workdir.start_evaluation), workdir.start_evaluation)
         skills = workdir.start_skills
@@ -330,7 +366,7 @@ def _evaluations(run: Run, round_number: int) -> list[tuple[str, str, Any, tuple
 
 
 def whole(run: Run, round_number: int, stage: str) -> str | None:
-    """The key of a whole stage; None for an evaluation, whose parts are all there is to it."""
+    """The key of a whole stage; None for stages that are no more than their parts."""
     if stage in ("deploy", "demonstrate"):
         keys = [part.key for part in parts(run, round_number, stage)]
         return hashlib.sha256(json.dumps([stage, keys]).encode("utf-8")).hexdigest()
