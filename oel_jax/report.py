@@ -1,10 +1,11 @@
-"""The report page of a run: one HTML file that needs no network and no other file.
+"""The report page of a run or study: one HTML file that needs no network and no other file.
 
     python -m oel_jax.report --workdir=runs/nano        # writes runs/nano/report.html
 
-Every run writes it after each round. It shows what is there, so it can be made while a run goes on
-or after it was stopped. Texts of trajectories and knowledge are outside text: they are escaped, and
-the page's own policy (CSP) allows no script and no style but its own. Imports no JAX.
+Every run writes it after each round, and every study at its end. It shows what is there, so it can
+be made while a run goes on or after it was stopped. Texts of trajectories and knowledge are outside
+text: they are escaped, and the page's own policy (CSP) allows no script and no style but its own.
+Imports no JAX.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from string import Template
 
 from oel_jax.errors import UserError
-from oel_jax.report_page import sections
+from oel_jax.report_page import sections, study
 from oel_jax.report_page.data import collect
 from oel_jax.report_page.figure import pass_rates
 from oel_jax.workdir import Workdir, write_bytes
@@ -32,11 +33,6 @@ def page(workdir: Workdir) -> str:
       UserError: the workdir holds no run, or one of its files is damaged.
     """
     run = collect(workdir)
-    parts = resources.files("oel_jax.report_page")
-    style, script, template = (
-        parts.joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.css", "viewer.js", "page.html")
-    )
     body = [
         sections.headline(run, _versions()),
         sections.results(run),
@@ -46,14 +42,34 @@ def page(workdir: Workdir) -> str:
         sections.viewer(run),
         sections.settings(run),
     ]
+    title = f"{run.name}: OEL run"
+    return _filled(title, "\n".join(part for part in body if part), sections.games_json(run))
+
+
+def study_page(root: Path) -> str:
+    """The whole page of a study.
+
+    Raises:
+      UserError: it has no results yet, or they are damaged.
+    """
+    return _filled(*study.body(root), "{}")
+
+
+def _filled(title: str, body: str, games: str) -> str:
+    """The template with these parts; `body` and `games` are escaped already."""
+    parts = resources.files("oel_jax.report_page")
+    style, script, template = (
+        parts.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.css", "viewer.js", "page.html")
+    )
     return Template(template).substitute(
-        title=escape(f"{run.name}: OEL run"),
+        title=escape(title),
         style=style,
         style_hash=_source_hash(style),
         script=script,
         script_hash=_source_hash(script),
-        games=sections.games_json(run),
-        body="\n".join(part for part in body if part),
+        games=games,
+        body=body,
     )
 
 
@@ -62,6 +78,13 @@ def write(workdir: Workdir) -> Path:
     # Half of a surrogate pair can come out of a JSON file, but UTF-8 cannot hold it.
     write_bytes(workdir.report_file, page(workdir).encode("utf-8", "replace"))
     return workdir.report_file
+
+
+def write_study(root: Path) -> Path:
+    """Write the page of a study to its workdir; returns the path."""
+    file = Workdir(root).report_file
+    write_bytes(file, study_page(root).encode("utf-8", "replace"))
+    return file
 
 
 def figure(workdir: Workdir) -> bytes:
@@ -91,10 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m oel_jax.report", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run, as for main")
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run or study")
     given = parser.parse_args(arguments)
     try:
-        file = write(Workdir(given.workdir))
+        if study.is_study(given.workdir):
+            file = write_study(given.workdir)
+        else:
+            file = write(Workdir(given.workdir))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -66,6 +66,7 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
         _check_models(planned, devices)
         failed = _run_all(planned, root, devices)
         # Imported late: matplotlib takes a second, and bad input should answer at once.
+        from oel_jax.report import write_study
         from oel_jax.studies.plots import draw
         from oel_jax.studies.results import Results
 
@@ -73,9 +74,10 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
         write_json(root / "results.json", results.as_json())
         write_bytes(root / "results.csv", results.csv().encode("utf-8"))
         plots = draw(results, root / "plots")
+        page = write_study(root)
     print(f"\n=== study {study.name}:{study.preset} ===\n\n{results.text()}\n")
     print(f"files: {root / 'results.csv'}, {root / 'results.json'}, {len(plots)} plots in", end=" ")
-    print(f"{root / 'plots'}   curves: tensorboard --logdir {root}")
+    print(f"{root / 'plots'}, {page}   curves: tensorboard --logdir {root}")
     return not failed, all(verdict.held for verdict in results.verdicts)
 
 

@@ -238,7 +238,9 @@ def policy_bytes(work):
 @pytest.fixture(scope="module")
 def ready(finished_run, tmp_path_factory):
     """A run whose next stage is consolidation."""
-    return copy_of(finished_run, tmp_path_factory.mktemp("ready") / "run", "consolidate")
+    return copy_of(
+        finished_run, tmp_path_factory.mktemp("ready") / "run", "consolidate", "evaluate"
+    )
 
 
 OPTIONS = {

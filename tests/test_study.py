@@ -5,12 +5,14 @@ import importlib
 import json
 import shutil
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import jax
 import pytest
 from tiny_run import ROOT, contents, go, opened, results, tiny_config
 
+from oel_jax import report
 from oel_jax import study as command
 from oel_jax.config import leaves
 from oel_jax.errors import UserError
@@ -777,6 +779,32 @@ def test_fields_of_all_variants_are_set_on_the_command_line(tmp_path):
     assert [one.seed for one in runs(study, tmp_path)] == [4, 4, 5, 5]
 
 
+def test_the_study_page_stands_alone_and_takes_text_for_text(finished_study, tmp_path, capsys):
+    page = (finished_study / "report.html").read_text(encoding="utf-8")
+    results = read_json(finished_study / "results.json")
+    for cell in results["cells"]:
+        assert cell["variant"] in page and cell["measure"] in page
+    assert page.count("<img ") == len(list((finished_study / "plots").glob("*.png"))) > 0
+    assert 'src="data:image/png;base64,' in page and "http" not in page.replace("http-equiv", "")
+    for verdict in results["expectations"]:
+        assert escape(verdict["name"]) in page
+    hostile = "<script>alert(1)</script>"
+    results["about"] = results["cells"][0]["variant"] = hostile
+    results["expectations"] = [{"name": hostile, "held": False, "numbers": hostile}]
+    results["failed"] = {hostile: hostile}
+    write_json(tmp_path / "study.json", {})
+    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert "no results.json yet" in capsys.readouterr().err
+    write_json(tmp_path / "results.json", results)
+    assert report.main([f"--workdir={tmp_path}"]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert hostile not in page and page.count(escape(hostile)) == 6
+    del results["cells"]
+    write_json(tmp_path / "results.json", results)
+    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert "results.json is damaged" in capsys.readouterr().err
+
+
 # --- the shipped studies --------------------------------------------------------------------------
 
 
@@ -791,7 +819,8 @@ def test_shipped_studies_load_and_validate_for_every_preset(file, monkeypatch):
     for preset in names:
         study = load(f"{file}:{preset}")
         planned = runs(study, Path("runs"))
-        assert len(planned) == len(study.variants) * len(study.seeds)
+        wanted = [variant.seeds or len(study.seeds) for variant in study.variants]
+        assert len(planned) == sum(wanted)
         nano = [one.config.model.path.startswith("nano") for one in planned]
         assert all(nano) if preset == "nano" else not any(nano)
         assert study.plots and all(abs(number) <= 1 for number in study.paper.values())

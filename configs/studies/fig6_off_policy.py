@@ -16,6 +16,7 @@ Found (nano, loop seed 1 alone, 7 minutes on one busy core): none of it holds. A
 94.1 % after round 2). A nano answer is a fixed form with few words in it, so that the teacher's
 own answers are answers the student gives too, and what separates the methods in the paper has
 little room to show.
+Run time: about 12 minutes on one CPU core.
 """
 
 from pathlib import Path

@@ -7,6 +7,7 @@ can. The nano ranges are 3 or 6 and 4 games, 96 and 48 tokens, 1.5e-4 or 3e-4, 8
 
 Expected: no order; of each pair that differs in the learning rate or in the steps alone, the one
 with more training ends higher on the nano model (measured over all pairs).
+Run time: about 7 minutes on one CPU core.
 """
 
 from pathlib import Path

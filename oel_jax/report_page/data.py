@@ -74,6 +74,7 @@ class RunData:
       evaluations: in the order of x.
       curves: round -> [(trajectories, evaluation result)] with knowledge in context.
       texts: round -> the K knowledge texts.
+      preflights: round -> what each text gains in context.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RunData:
     evaluations: list[Evaluation] = field(default_factory=list)
     curves: dict[int, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
     texts: dict[int, list[str]] = field(default_factory=dict)
+    preflights: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[Evaluation]:
         """Evaluations of these kinds, by x."""
@@ -133,6 +135,8 @@ def _add_round(data: RunData, workdir: Workdir, number: int) -> None:
             data.evaluations.append(_evaluation(file, x, number, kind))
     if workdir.knowledge(number).exists():
         data.texts[number] = read_json(workdir.knowledge(number))["texts"]
+    if workdir.preflight(number).exists():
+        data.preflights[number] = read_json(workdir.preflight(number))
     last, points = data.config["extract"]["n"], data.config.get("evaluate", {}).get("curve", [])
     files = {n: workdir.evaluation(number, f"curve_{n:03d}") for n in points}
     if points:

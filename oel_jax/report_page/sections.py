@@ -301,6 +301,7 @@ def knowledge(run: RunData) -> str:
         parts.append(
             f"<h3>Round {number}</h3><p>{len(texts)} texts, {distinct} distinct lines{changes}.</p>"
         )
+        parts.append(_gains(run.preflights.get(number)))
         parts.append(_lines_table(rows[:_SHOWN_LINES], before is not None))
         if rows[_SHOWN_LINES:]:
             more = _lines_table(rows[_SHOWN_LINES:], before is not None)
@@ -318,6 +319,27 @@ def knowledge(run: RunData) -> str:
         )
         before = texts
     return "".join(parts)
+
+
+def _gains(preflight: dict[str, Any] | None) -> str:
+    """What each text gained in context before it was consolidated."""
+    if preflight is None:
+        return ""
+    rows = [
+        [f"chain {text['chain']}", percent(text["pass_rate"]), *_points(text)]
+        for text in preflight["texts"]
+    ]
+    rows.append(["all: the predicted gain", "", *_points(preflight)])
+    caption = (
+        f"Pre-flight: {preflight['games']} boards with each text; without knowledge "
+        f"{percent(preflight['without']['pass_rate'])}."
+    )
+    return table(caption, ["text", "pass rate", "gain", "95 % interval"], rows)
+
+
+def _points(result: dict[str, Any]) -> list[str]:
+    low, high = result["ci95"]
+    return [f"{100 * result['gain']:+.1f} points", f"[{100 * low:+.1f}, {100 * high:+.1f}]"]
 
 
 def _line_row(line: data.Line, count: int, before_count: int | None) -> str:
