@@ -7,7 +7,11 @@ round is there for every size.
 Expected: every size ends above its start with intervals apart; starts differ by less than 5
 points. The nano sizes differ little in skill (oel_jax/nano/README.md), so no order of them is
 expected.
-Run time: about 7 minutes on one CPU core.
+
+Found (nano, loop seeds 1-3): starts 5.1, 4.6 and 6.4 %; after two rounds tiny 70.8 % [6.0, 98.9],
+small 92.5 % [35.3, 99.6], medium 79.6 % [11.6, 99.1]. Every size gains in round 2; the interval of
+tiny is not apart from its start's, since one of three seeds ended at 13 %. No order of sizes.
+Run time: 21 minutes on one CPU core.
 """
 
 from pathlib import Path
@@ -29,10 +33,9 @@ def get_study(preset: str) -> Study:
     """The study; 'nano' is the bundled family, 'qwen3' the paper's three sizes."""
     if preset == "nano":
         config = load_config(_CONFIGS / "nano_frozen_lake.py")
-        config.evaluate.seeds = 2
+        config.evaluate.seeds = 4
         config.preflight.games = 0
-        config.consolidate.steps, config.consolidate.learning_rate = 12, 3e-4
-        names, seeds = ("tiny", "small", "medium"), (1, 2)
+        names, seeds = ("tiny", "small", "medium"), (1, 2, 3)
         variants = tuple(Variant(name, {"model.path": f"nano:{name}"}) for name in names)
         bases = [config]
     else:

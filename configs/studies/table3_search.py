@@ -3,11 +3,13 @@
 Paper, Table 3 (the ranges that were searched; no results printed): structured knowledge from 25 or
 50 games with L_max 8192, unstructured from 15 with L_max 2048; learning rate 1e-6 or 5e-6; 20 or
 100 steps a round. All twelve combinations share deployments, knowledge and evaluations where they
-can. The nano ranges are 3 or 6 and 4 games, 96 and 48 tokens, 1.5e-4 or 3e-4, 8 or 16 steps.
+can. The nano ranges are 3 or 6 and 4 games, 96 and 48 tokens, 1.5e-4 or 3e-4, 10 or 20 steps.
 
 Expected: no order; of each pair that differs in the learning rate or in the steps alone, the one
 with more training ends higher on the nano model (measured over all pairs).
-Run time: about 7 minutes on one CPU core.
+
+Found (nano, loop seed 1): the larger learning rate gains 39.6 points, twice the steps 38.4.
+Run time: 11 minutes on one CPU core.
 """
 
 from pathlib import Path
@@ -23,10 +25,10 @@ def get_study(preset: str) -> Study:
     """The study; 'nano' and 'qwen3_1p7b' are Frozen Lake, 'qwen3_4b_instruct' Sokoban."""
     if preset == "nano":
         config = load_config(_CONFIGS / "nano_frozen_lake.py")
-        config.evaluate.seeds = 2
+        config.evaluate.seeds = 4
         config.preflight.games = 0
         formats = [("v4", 3, 6, 96), ("v4", 6, 6, 96), ("v3", 4, 4, 48)]
-        rates, steps, seeds = (1.5e-4, 3e-4), (8, 16), (1,)
+        rates, steps, seeds = (1.5e-4, 3e-4), (10, 20), (1,)
     else:
         file = {"qwen3_1p7b": "frozen_lake_qwen3_1p7b.py"}
         config = load_config(_CONFIGS / file.get(preset, "sokoban_qwen3_4b_instruct.py"))
