@@ -10,16 +10,17 @@ teacher, and no repeated items in knowledge.
 Expected: the recommended preset's pass rate after round 10 is not below its best round by more than
 its interval, and its skill stays within 2 points of the start's.
 
-Found (nano, loop seed 1): plain OEL passes 100 % from round 3 on, stays there for five rounds, and then falls: 9 % after round 8, 100 % again, 22 % after round 10. What
-breaks first is extraction: rounds that are all won go on changing a policy that has nothing left
-to learn (AdamW makes steps of full size from small gradients), until it writes that H is the goal;
-with that text in its prompt it wins nothing, and the round consolidates it. Balanced loss, half the
-turns, an averaged teacher and the trust region do not prevent this (falls in rounds 6 to 8),
-retention without knowledge and knowledge without repeats delay it to round 9. Learning only from
-turns that knowledge moves (`turn_floor`), and retention with knowledge, stay at 100 %; the first
-stops learning once there is nothing to learn. Skill stays within a point for all but
-`half_the_turns` (94.0 -> 92.7 %): the collapse is one of this game, not of everything. One seed each
-says which options can fail, not how often they do.
+Found (nano, loop seed 1): plain OEL passes 100 % from round 3 on, stays there for five rounds, and
+then falls: 9 % after round 8, 100 % again, 22 % after round 10. What breaks first is extraction:
+rounds that are all won go on changing a policy that has nothing left to learn (AdamW makes steps of
+full size from small gradients, we think), until it writes that H is the goal; with that text in its
+prompt it wins nothing, and the round consolidates it. Balanced loss, half the turns, an averaged
+teacher and the trust region do not prevent this (falls in rounds 6 to 8); retention without
+knowledge, and knowledge without repeats, delay it to round 9. Learning only from turns that
+knowledge moves (`turn_floor`), and retention with knowledge, stay at 100 %; the first stops learning
+once there is nothing to learn. Skill stays within a point for all but `half_the_turns` (94.0 to
+92.7 %): what collapses is this game, not everything. One seed each says which options can fail, not
+how often they do.
 Run time: 26 minutes for one seed of all variants, 5 for each further one of `plain` and
 `recommended`, on one CPU core.
 """
