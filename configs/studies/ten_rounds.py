@@ -18,9 +18,9 @@ prompt it wins nothing, and the round consolidates it. Balanced loss, half the t
 teacher and the trust region do not prevent this (falls in rounds 6 to 8); retention without
 knowledge, and knowledge without repeats, delay it to round 9. Learning only from turns that
 knowledge moves (`turn_floor`), and retention with knowledge, stay at 100 %; the first stops
-learning once there is nothing to learn. Skill stays within a point for all but `half_the_turns` (94.0 to
-92.7 %): what collapses is this game, not everything. One seed each says which options can fail, not
-how often they do.
+learning once there is nothing to learn. Skill stays within a point for all but `half_the_turns`
+(94.0 to 92.7 %): what collapses is this game, not everything. One seed each says which options can
+fail, not how often they do.
 Run time: 26 minutes for one seed of all variants, 5 for each further one of `plain` and
 `recommended`, on one CPU core.
 """
