@@ -6,10 +6,12 @@ knowledge (T, one file per chain, evaluation sampling) and games whose prefixes 
 for the demonstrations that the off-policy baselines train on.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from oel_jax.metrics import Progress, table
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn
+from oel_jax.workdir import write_bytes
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,29 @@ def in_order(played: Iterable[Played], jobs: Iterable[Job]) -> Iterator[Played]:
         while following is not None and id(following) in waiting:
             yield waiting.pop(id(following))
             following = next(order, None)
+
+
+def recover(
+    log: Path, jobs: Sequence[Job], fits: Callable[[dict[str, Any], Job], bool]
+) -> list[dict[str, Any]]:
+    """Records of an interrupted series of games, in the order of `jobs`, one JSON line each.
+
+    Kept up to the first line that is torn or does not fit its job (the config was changed); the
+    rest of the file is cut off.
+    """
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    records: list[dict[str, Any]] = []
+    for line, job in zip(lines, jobs, strict=False):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not fits(record, job):
+            break
+        records.append(record)
+    if len(records) < len(lines):
+        write_bytes(log, b"".join(lines[: len(records)]))
+    return records
 
 
 @dataclass(frozen=True)

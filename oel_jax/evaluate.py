@@ -15,12 +15,12 @@ import numpy as np
 
 from oel_jax import games
 from oel_jax.config import play_budget
-from oel_jax.deploy import Job, Played, in_order, play, shared_beginning
+from oel_jax.deploy import Job, Played, in_order, play, recover, shared_beginning
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval
-from oel_jax.workdir import read_json, samples_of, write_bytes, write_json
+from oel_jax.workdir import read_json, samples_of, write_json
 
 SAMPLED = 6  # boards, from the first, whose game of the first seed is kept whole
 
@@ -65,7 +65,7 @@ def evaluate(
     ]
     log = file.with_suffix(".games.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
-    records = _recover(log, jobs)
+    records = recover(log, jobs, _fits)
     left = jobs[len(records) :]
     with run.progress(len(jobs), "games", label, done=len(records)) as progress:
         if left:
@@ -141,29 +141,10 @@ def _show(run: Run, name: str, round_number: int, records: list[dict[str, Any]])
     run.metrics.text("game", round_number, "\n".join(parts), stage, round_number)
 
 
-def _recover(log: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Games of an interrupted evaluation, in the order of `jobs`.
-
-    Kept up to the first line that is torn, or is not the game of `jobs` (the config was changed),
-    or lacks the words of a sampled game (it was written by an older version).
-    """
-    if not log.exists():
-        return []
-    lines = log.read_bytes().splitlines(keepends=True)
-    records: list[dict[str, Any]] = []
-    for line, job in zip(lines, jobs, strict=False):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or (record["seed_index"], record["map"]) != job.tag:
-            break
-        if _is_sampled(*job.tag) and "text" not in record:
-            break
-        records.append(record)
-    if len(records) < len(lines):
-        write_bytes(log, b"".join(lines[: len(records)]))
-    return records
+def _fits(record: dict[str, Any], job: Job) -> bool:
+    """Whether a recorded game is this job's, with its words if it is a sampled one."""
+    sampled = _is_sampled(*job.tag)
+    return (record["seed_index"], record["map"]) == job.tag and (not sampled or "text" in record)
 
 
 def _seen_boards(run: Run, round_number: int) -> set[str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from oel_jax import games
 from oel_jax.config import play_budget
-from oel_jax.deploy import Job, Played, in_order, play, shared_beginning
+from oel_jax.deploy import Job, Played, in_order, play, recover, shared_beginning
 from oel_jax.errors import UserError
 from oel_jax.experience import texts_of_round
 from oel_jax.lm.language_model import LanguageModel
@@ -27,7 +27,7 @@ from oel_jax.lm.prefix import SHARED_FROM
 from oel_jax.metrics import table
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval, paired_difference
-from oel_jax.workdir import read_json, write_bytes, write_json
+from oel_jax.workdir import read_json, write_json
 
 
 def preflight(run: Run, round_number: int) -> list[Path]:
@@ -119,7 +119,7 @@ def _games(
         for column, seed in enumerate(seeds)
         for index in range(first, min(first + lanes, len(contexts)))
     ]
-    records = _recover(log, jobs)
+    records = recover(log, jobs, _fits)
     left = jobs[len(records) :]
     label = f"round {round_number} preflight"
     with run.progress(len(jobs), "games", label, done=len(records)) as progress:
@@ -155,22 +155,8 @@ def _record(played: Played) -> dict[str, Any]:
     }
 
 
-def _recover(log: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Games of an interrupted pre-flight, in the order of `jobs`, up to a line that is torn or of
-    another game (the config was changed)."""
-    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    records: list[dict[str, Any]] = []
-    for line, job in zip(lines, jobs, strict=False):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or (record["context"], record["column"]) != job.tag:
-            break
-        records.append(record)
-    if len(records) < len(lines):
-        write_bytes(log, b"".join(lines[: len(records)]))
-    return records
+def _fits(record: dict[str, Any], job: Job) -> bool:
+    return (record["context"], record["column"]) == job.tag
 
 
 def _summarise(

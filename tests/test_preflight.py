@@ -194,7 +194,7 @@ def test_games_of_another_config_are_played_again(flown, tmp_path):
     jobs = [module.Job(1, (), tag=tag) for tag in ((0, 0), (1, 0), (0, 1))]
     log = work / "x.games.jsonl"
     log.write_text('{"context": 0, "column": 0}\n{"context": 0, "column": 1}\n')
-    assert module._recover(log, jobs) == [{"context": 0, "column": 0}]
+    assert module.recover(log, jobs, module._fits) == [{"context": 0, "column": 0}]
     assert log.read_text() == '{"context": 0, "column": 0}\n'
 
 
