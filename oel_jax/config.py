@@ -90,7 +90,8 @@ def default() -> ml_collections.ConfigDict:
     e.truncate = "tail"  # beyond l_max keep the newest lines ('tail') or the oldest ('head')
     e.draft_tokens = 0  # tokens drafted from the prompt's own text and verified in each pass
     e.model_path = ""  # extractor model; '' = the policy of the round
-    # 'raw': whole games in its place, the newest that fit into l_max; 'none': empty texts (control)
+    # 'raw': whole games in its place, the newest that fit into l_max; 'none': empty (control);
+    # 'own_game': no texts, the teacher reads the game that a prefix is from, to its end
     e.experience = "knowledge"  # what the K texts are
     e.knowledge_from = ""  # workdir of another run whose texts of the same round are used instead
     e.deduplicate = False  # leave out items that the chain's text already has
@@ -273,6 +274,19 @@ def validate(
     return _remarks(config)
 
 
+def _check_own_game(config: ml_collections.ConfigDict) -> None:
+    """There are no texts to play with, only what the teacher reads beside each prefix."""
+    with_it = "with config.extract.experience='own_game', whose context belongs to single prefixes"
+    if config.consolidate.mode != "on_policy":
+        _refuse("consolidate.mode", config.consolidate.mode, f"'on_policy' {with_it}")
+    if config.negative_control not in ("", "none"):
+        _refuse("negative_control", config.negative_control, f"'' {with_it}")
+    if config.evaluate.curve:
+        _refuse("evaluate.curve", config.evaluate.curve, f"() {with_it}")
+    if config.evaluate.in_context:
+        _refuse("evaluate.in_context", True, f"False {with_it}")
+
+
 def _check_combinations(config: ml_collections.ConfigDict) -> None:
     e, s, t = config.extract, config.sampler, config.consolidate
     control, game = config.negative_control, config.game.name
@@ -290,6 +304,8 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
         _refuse(
             f"extract.{unused}", e[unused], f"'' with config.extract.experience={e.experience!r}"
         )
+    if e.experience == "own_game":
+        _check_own_game(config)
     if e.no_op and not e.previous:
         _refuse(
             "extract.no_op",

@@ -158,7 +158,7 @@ def rules() -> dict[str, Rule]:
             "unfinished_thought": _choice("drop", "keep"),
             "truncate": _choice("tail", "head"),
             "model_path": _any_text,
-            "experience": _choice("knowledge", "raw", "none"),
+            "experience": _choice("knowledge", "raw", "none", "own_game"),
             "knowledge_from": _any_text,
             "deduplicate": _FLAG,
             "no_op": _FLAG,

@@ -35,7 +35,7 @@ from oel_jax.distill.step import (
 )
 from oel_jax.distill.teacher import Teacher, cache_bytes
 from oel_jax.distill.topk_kl import KLConfig
-from oel_jax.experience import texts_of_round
+from oel_jax.experience import own_contexts, texts_of_round
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import save_model
 from oel_jax.lm.language_model import DTYPES, LanguageModel
@@ -95,7 +95,8 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         block=config.model.attention_block,
     )
     # Which prompts a cached prefix is made from must not depend on where a run goes on.
-    first = prefixes(read(run.workdir.deploy_games(round_number, 1)))
+    games = read(run.workdir.deploy_games(round_number, 1))
+    first, own = prefixes(games), own_contexts(run, games, teacher_model.tokenizer)
     head = header(first)
     tx = optimizer(settings)
     step_config = _step_config(run, teacher_model)
@@ -111,7 +112,8 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             response=config.sampler.max_response,
             prefixes=[head],
         )
-        teacher.prepare([prefix.prompt for prefix in first[:16]])
+        some = first[:16]
+        teacher.prepare([each.prompt for each in some], [own[each.game] for each in some])
         _follow(run, student, teacher)
         add = Accumulator(step_config, _held(student, teacher, sampler))
         this = _Round(run, round_number, teacher, head, sampler, step_config, add, tx)

@@ -5,6 +5,7 @@ files that `extract` would have filled, so that everything after it is the same.
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import ml_collections
 from oel_jax import knowledge, negative_control, prompts
 from oel_jax.errors import UserError
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.lm.tokenizer import load_tokenizer
+from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.run import Run
-from oel_jax.trajectories import read
+from oel_jax.trajectories import Trajectory, read
 from oel_jax.workdir import Workdir, read_json, write_json
 
 
@@ -62,8 +63,43 @@ def _record(chain: int, step: int, text: str, added: str, tokens: int) -> dict[s
     }
 
 
+def empty_on_purpose(config: ml_collections.ConfigDict) -> bool:
+    """Whether the K texts are to be empty."""
+    return config.extract.experience in ("none", "own_game")
+
+
+def own_contexts(run: Run, games: Sequence[Trajectory], tokenizer: Tokenizer) -> list[str]:
+    """Per game, a context that its prefixes have for themselves; '' = they use the K texts.
+
+    This is the general form of the teacher's context. With `extract.experience='own_game'` it is
+    the game itself, whole: the history that an extractor would read, with its outcome
+    (`extract.outcome`), cut to `l_max` from the newest line back. So the teacher knows how the game
+    went on and ended, and the student learns what that would have changed in its answers.
+    """
+    config = run.config.extract
+    if config.experience != "own_game":
+        return [""] * len(games)
+    return [
+        knowledge.truncate(
+            prompts.extraction_history(
+                [(turn.observation, turn.response) for turn in game.turns],
+                game.outcome,
+                outcome_mode=config.outcome,
+            ).strip(),
+            config.l_max,
+            lambda text: len(tokenizer.encode(text)),
+            "v3",
+            keep=config.truncate,
+        )
+        for game in games
+    ]
+
+
 def no_experience(run: Run, round_number: int) -> None:
-    """K empty texts: a control, in which the teacher knows no more than the student."""
+    """K empty texts: a control, in which the teacher knows no more than the student.
+
+    Also where the context belongs to single prefixes (`own_games`).
+    """
     for chain in range(run.config.extract.chains):
         for step in range(1, run.config.extract.n_run + 1):
             write_json(
@@ -123,7 +159,8 @@ def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None
 def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[str]:
     """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
 
-    With `extract.experience='none'` all of them are empty, as the config asks.
+    With `extract.experience='none'` all of them are empty, as the config asks; with 'own_game' one
+    empty text stands for them.
 
     Raises:
       UserError: all are empty against the config's wish, so there is nothing to learn.
@@ -141,8 +178,8 @@ def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[st
         )
         for text in read_json(path)["texts"]
     ]
-    if extract.experience == "none":
-        return texts
+    if empty_on_purpose(run.config):
+        return texts[:1] if extract.experience == "own_game" else texts
     if not any(texts):
         raise UserError(
             f"{path}: all {len(texts)} knowledge texts are empty, so there is nothing to "

@@ -38,8 +38,9 @@ def extract(run: Run, round_number: int) -> list[Path]:
     """Grow the K texts of a round; returns the files. Finished steps are not done again."""
     config = run.config.extract
     if config.knowledge_from or config.experience != "knowledge":
-        fill = {"raw": raw_trajectories, "none": no_experience}.get(config.experience)
-        (fill or of_another_run)(run, round_number)
+        empty = {"none": no_experience, "own_game": no_experience}
+        fill = {"knowledge": of_another_run, "raw": raw_trajectories} | empty
+        fill[config.experience](run, round_number)
         _log(run, round_number, range(1, config.n_run + 1))
         return _finish(run, round_number)
     directory = resolve(bundled(config.model_path)) if config.model_path else None

@@ -21,7 +21,7 @@ from oel_jax import games
 from oel_jax.config import play_budget
 from oel_jax.deploy import Job, Played, in_order, play, recover, shared_beginning
 from oel_jax.errors import UserError
-from oel_jax.experience import texts_of_round
+from oel_jax.experience import empty_on_purpose, texts_of_round
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM
 from oel_jax.metrics import table
@@ -65,7 +65,7 @@ def heed(run: Run, round_number: int) -> None:
       UserError: with on_harm='stop': the knowledge harms, or nobody has measured whether it does.
     """
     config = run.config.preflight
-    if not config.games or run.config.extract.experience == "none":  # empty texts on purpose
+    if not config.games or empty_on_purpose(run.config):
         return
     if not run.workdir.finished(round_number, "preflight"):
         if config.on_harm == "stop":

@@ -17,7 +17,7 @@ from oel_jax.distill.packing import Sample
 from oel_jax.distill.step import cast
 from oel_jax.distill.teacher import Teacher
 from oel_jax.errors import UserError
-from oel_jax.experience import drawn_texts
+from oel_jax.experience import drawn_texts, own_contexts
 from oel_jax.lm.language_model import DTYPES, LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, shared_start
 from oel_jax.lm.requests import Request
@@ -49,7 +49,8 @@ def on_policy(
     """
     settings = run.config.consolidate
     path = run.workdir.deploy_games(round_number, number)
-    batch = prefixes(read(path))
+    games = read(path)
+    batch = prefixes(games)
     if settings.drop_remainder:
         batch = batch[: len(batch) - len(batch) % settings.drop_remainder]
     _check_ids(path, batch, teacher.model)
@@ -69,9 +70,10 @@ def on_policy(
     sampler.forget()  # the weights have changed
     answers = sampler.generate(weights, requests)
     drawn = drawn_texts(round_number, number, len(batch), len(teacher.texts))
+    own = own_contexts(run, games, teacher.model.tokenizer)
     samples = []
     for prefix, text, answer in zip(batch, drawn, answers, strict=True):
-        shared, suffix = teacher.split(text, prefix.prompt)
+        shared, suffix = teacher.split(text, prefix.prompt, own[prefix.game])
         samples.append(
             Sample(
                 prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text, prefix.game

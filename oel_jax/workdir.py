@@ -45,7 +45,8 @@ def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     without = set()
     if config["consolidate"].get("mode", "on_policy") == "on_policy":
         without.add("demonstrate")
-    if not config.get("preflight", {"games": 0})["games"]:
+    own = config.get("extract", {}).get("experience") == "own_game"  # no text to play with
+    if own or not config.get("preflight", {"games": 0})["games"]:
         without.add("preflight")
     return tuple(stage for stage in STAGES if stage not in without)
 

@@ -354,6 +354,65 @@ def test_a_run_without_experience(finished_run, tmp_path, monkeypatch, capsys):
     assert all(turn.prompt.startswith(HEAD) for game in seen for turn in game.turns)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("consolidate__mode", "sft"),
+        ("evaluate__in_context", True),
+        ("evaluate__curve", (1,)),
+        ("negative_control", "shuffled_knowledge"),
+    ],
+)
+def test_own_games_go_with_on_policy_distillation_alone(field, value):
+    from oel_jax.config import validate
+
+    settings = {"extract__experience": "own_game", "evaluate__in_context": False} | {field: value}
+    with pytest.raises(UserError, match=f"{field.replace('__', '.')} is .*own_game"):
+        validate(tiny_config(**settings))
+
+
+def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypatch, capsys):
+    """Per-sample context: what the teacher reads is the game the prefix is from, to its end."""
+    import numpy as np
+
+    from oel_jax.trajectories import prefixes, read
+
+    work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
+    stage = importlib.import_module("oel_jax.consolidate")
+    made, teachers, roll = [], [], stage.on_policy
+
+    def recording(*arguments):
+        samples, stopped = roll(*arguments)
+        made.append(samples)
+        teachers.append(arguments[4])
+        return samples, stopped
+
+    monkeypatch.setattr(stage, "on_policy", recording)
+    config = config_of(
+        extract__experience="own_game",
+        extract__l_max=1200,
+        evaluate__in_context=False,
+        consolidate__steps=1,
+    )
+    go(work, config, ["extract", "preflight", "consolidate"], change=True)
+    assert "WARNING" not in capsys.readouterr().out
+    assert not (work / "round_001" / "preflight.json").exists()
+    games = read(work / "round_001" / "deploy" / "step_001.jsonl")
+    (samples,), (teacher, *_) = made, teachers
+    tokenizer = teacher.model.tokenizer
+    for prefix, sample in zip(prefixes(games), samples, strict=True):
+        game = games[prefix.game]
+        cached = teacher.prefix(sample.knowledge).ids[: sample.shared]
+        text = tokenizer.decode([*cached, *sample.suffix])
+        assert game.outcome.strip().splitlines()[-1] in text
+        assert all(turn.response.strip() in text for turn in game.turns)
+        assert text.count("Round0_Input") == 1
+    assert len({tuple(sample.suffix) for sample in samples}) > 1
+    rows = read_metrics(work / "metrics.jsonl")
+    (step,) = [row["values"] for row in rows if row["stage"] == "consolidate"]
+    assert step["kl"] > 1e-3 and np.isfinite(step["loss"])  # the game's end changes the answers
+
+
 def test_demonstrations_without_experience_are_plain_games(finished_run, tmp_path):
     from oel_jax.trajectories import read
 

@@ -33,7 +33,9 @@ def get_study(preset: str) -> Study:
     """The study; 'nano' is the bundled family, 'qwen3' the paper's three sizes."""
     if preset == "nano":
         config = load_config(_CONFIGS / "nano_frozen_lake.py")
-        config.evaluate.seeds = 4
+        config.consolidate.steps = 12  # two short rounds that learn what their knowledge says
+        config.consolidate.learning_rate = 3e-4
+        config.evaluate.seeds = 2
         config.preflight.games = 0
         names, seeds = ("tiny", "small", "medium"), (1, 2, 3)
         variants = tuple(Variant(name, {"model.path": f"nano:{name}"}) for name in names)

@@ -45,15 +45,19 @@ class Teacher:
         """The prefixes encoded so far."""
         return list(self._prefixes.values())
 
-    def prompt(self, text: int, prompt: str) -> list[int]:
-        """Teacher prompt ids: the student's user text with text number `text` in it."""
+    def prompt(self, text: int, prompt: str, own: str = "") -> list[int]:
+        """Teacher prompt ids: the student's user text with text number `text`, or `own`, in it."""
         return self.model.tokenizer.chat(
-            with_knowledge(prompt, self.texts[text]), thinking=self._thinking
+            with_knowledge(prompt, own or self.texts[text]), thinking=self._thinking
         )
 
-    def split(self, text: int, prompt: str) -> tuple[int, list[int]]:
-        """(positions of the prefix that this prompt shares, its remaining ids, at least one)."""
-        ids = self.prompt(text, prompt)
+    def split(self, text: int, prompt: str, own: str = "") -> tuple[int, list[int]]:
+        """(positions of the prefix that this prompt shares, its remaining ids, at least one).
+
+        Args:
+          own: a context of this prompt alone, in the place of the text. It is read each time.
+        """
+        ids = self.prompt(text, prompt, own)
         shared = min(common_prefix(ids, self._prefixes[text].ids), len(ids) - 1)
         return shared, ids[shared:]
 
@@ -61,10 +65,15 @@ class Teacher:
         """The encoded prefix of a text; `prepare` must have been called."""
         return self._prefixes[text]
 
-    def prepare(self, examples: Sequence[str]) -> None:
-        """Encode the prefixes of all texts, once; `examples` are prompts that they will serve."""
+    def prepare(self, examples: Sequence[str], own: Sequence[str] = ()) -> None:
+        """Encode the prefixes of all texts, once; `examples` are prompts that they will serve.
+
+        Args:
+          own: their own contexts, if they have some.
+        """
+        pairs = list(dict.fromkeys(zip(examples, own or [""] * len(examples), strict=True)))
         for text in range(len(self.texts)) if not self._prefixes else ():
-            prompts = [self.prompt(text, example) for example in dict.fromkeys(examples)]
+            prompts = [self.prompt(text, *pair) for pair in pairs]
             ids = shared_start(prompts)
             self._prefixes[text] = KnowledgePrefix(ids, self._encode(self.model.params, ids))
 
