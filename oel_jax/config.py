@@ -181,6 +181,11 @@ def play_budget(config: ml_collections.ConfigDict, with_knowledge: bool) -> tupl
     return config.sampler.max_prompt + extra, config.sampler.max_response
 
 
+def has_extractor(config: ml_collections.ConfigDict) -> bool:
+    """Whether a model writes the round's texts; otherwise they are filled in without one."""
+    return config.extract.experience == "knowledge" and not config.extract.knowledge_from
+
+
 def extractor_budget(config: ml_collections.ConfigDict) -> tuple[int, int]:
     """(longest prompt, longest response) of an extractor call in tokens.
 
@@ -328,7 +333,7 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
             f"at least {longest}, the longest student sequence "
             f"(sampler.max_prompt {s.max_prompt} + sampler.max_response {s.max_response})",
         )
-    if e.previous and 0 < e.max_prompt <= e.l_max:
+    if has_extractor(config) and e.previous and 0 < e.max_prompt <= e.l_max:
         _refuse(
             "extract.max_prompt",
             e.max_prompt,
@@ -451,8 +456,10 @@ def validate_against_model(
         "a game with knowledge (sampler.max_prompt + extract.l_max + sampler.max_response)": sum(
             play_budget(config, True)
         ),
-        "the extractor (extract.max_prompt + extract.l_max)": sum(extractor_budget(config)),
     }
+    if has_extractor(config):
+        name = "the extractor (extract.max_prompt + extract.l_max)"
+        stages[name] = sum(extractor_budget(config))
     for what, length in stages.items():
         if length > m.max_positions:
             raise UserError(
