@@ -1,5 +1,6 @@
-# Sourced by launch/local.sh and tests/run.sh, from the project's top directory: makes .venv once and
-# installs a requirements file when its content or the Python version has changed. Sets $python.
+# shellcheck shell=bash
+# Sourced by the launch scripts and tests/run.sh, from the project's top directory: makes .venv once
+# and installs a requirements file when its content or the Python version has changed. Sets $python.
 
 python=.venv/bin/python
 
@@ -46,5 +47,19 @@ install() {  # install FILE: only if it has changed since the last time
       return 1
     fi
     echo "$want" >"$stamp"
+  fi
+}
+
+install_accelerator() {  # JAX='jax[cuda12]' or 'jax[tpu]': the same JAX with its accelerator
+  local want
+  [ -n "${JAX:-}" ] || return 0
+  want="$JAX $(fingerprint requirements.txt)" || return 1
+  if [ "$want" != "$(cat .venv/installed-jax 2>/dev/null)" ]; then
+    echo "Installing $JAX"
+    if ! "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt "$JAX"; then
+      echo "Installing $JAX failed; pip's message is above. Run the same command again to retry." >&2
+      return 1
+    fi
+    echo "$want" >.venv/installed-jax
   fi
 }

