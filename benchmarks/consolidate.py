@@ -29,8 +29,9 @@ from benchmarks.bounds import head_flops, parameters, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.distill.memory import used
+from oel_jax.distill.optimizer import optimizer
 from oel_jax.distill.packing import Sample, Shape, fill, plan, sample_weights
-from oel_jax.distill.step import StepConfig, accumulate, optimizer, update, zeros_like
+from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.errors import UserError
 from oel_jax.lm.language_model import LanguageModel, load_model

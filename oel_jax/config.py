@@ -2,7 +2,7 @@
 
 A config file in `configs/` starts from `default()`, changes what its recipe needs and returns the
 `ConfigDict`; single fields are overridden on the command line (`--config.rounds=2`). `validate`
-runs before anything is loaded, `validate_against_model` as soon as the model's shape is known. The
+runs before anything is loaded; `config_fit` asks more when the model's shape is known. The
 defaults are the recipe of Qwen3-4B on Frozen Lake (spec 2.1).
 """
 
@@ -60,6 +60,8 @@ def default() -> ml_collections.ConfigDict:
     s.max_len = 0  # cache length per slot in tokens; 0 = what the stage's budgets need
     s.decode_steps = 32  # tokens decoded per dispatch; speed only
     s.prefill_rows = 8  # prompts encoded per dispatch; speed only
+    # 'split' as they are trained: gathered for every token; 'whole' on each device of mesh.fsdp
+    s.weights = "split"  # 'whole' is faster on several devices, where it fits beside the student
     s.overlap = True  # games are stepped while others decode; speed only
     s.prefill_chunk = 512  # longer prompts are encoded in pieces of so many tokens; memory only
     s.max_prompt = 2560  # play prompt without knowledge, in tokens: 512 per turn (spec 4.5)
@@ -114,11 +116,14 @@ def default() -> ml_collections.ConfigDict:
     t.token_budget = 20_480  # prompt and response tokens per micro-batch; not part of the result
     t.temperature = 0.7  # of the student's responses (top_p 1, top_k off)
     t.save_every = 2  # optimizer steps between checkpoints inside a round
+    t.save_minutes = 10.0  # and at most so many minutes between them; 0 = only steps count
     t.keep_fp32_master = False  # hand float32 weights to the next round (a labelled deviation)
     t.drop_remainder = 0  # W: drop the last N mod W prefixes of a step; 0 = drop nothing
     t.remat = "layer"  # kept for the backward pass: 'none' = all, 'products', 'layer' = least
     t.knowledge_rng = "released"  # which text a prefix gets: random.Random(step + 1000 * round)
-    t.moments_dtype = "float32"  # AdamW's first moment: 'float32' or 'bfloat16'
+    t.moments_dtype = "float32"  # both of AdamW's moments: 'float32' or 'bfloat16'
+    t.teacher_dtype = ""  # of the teacher's weights and logits; '' = model.dtype
+    t.offload = "none"  # wait in host memory: some of 'optimizer,masters,teacher'
     # Against collapse over many rounds; all off in the paper.
     t.turn_fraction = 1.0  # learn from this share of turns: those where knowledge moves most
     t.turn_floor = 0.0  # and only from turns where it moves the teacher by this (JSD, nats)
@@ -126,6 +131,11 @@ def default() -> ml_collections.ConfigDict:
     t.retention_weight = 0.1  # factor of that term
     t.teacher = "frozen"  # 'ema' follows the student; 'trust_region' = a mixture with its logits
     t.teacher_rate = 0.05  # of the average per step, or the student's share in the mixture
+
+    c.lora = ml_collections.ConfigDict()  # train a low-rank adapter, see oel_jax/distill/lora.py
+    c.lora.rank = 0  # of the adapter; 0 = all weights are trained, as in the paper
+    c.lora.alpha = 16.0  # the adapter's product is multiplied by alpha / rank
+    c.lora.targets = "q,k,v,o,gate,up,down"  # weights that get an adapter, in every layer
 
     c.guard = ml_collections.ConfigDict()  # what stops a round and keeps its last good checkpoint
     c.guard.response_tokens = ()  # (low, high) as factors of the run's first step; () = no guard
@@ -244,7 +254,8 @@ def check_field(path: str) -> None:
         raise UserError(f"config.{path} is not a field{hint}")
 
 
-def _refuse(path: str, value: Any, must: str) -> None:
+def refuse(path: str, value: Any, must: str) -> None:
+    """Say which field is wrong and what it must be."""
     raise UserError(f"config.{path} is {value!r}; it must be {must}")
 
 
@@ -271,9 +282,9 @@ def validate(
             raise UserError(f"config.{path} is missing; start from oel_jax.config.default()")
         must = rule(fields[path])
         if must:
-            _refuse(path, fields[path], must)
+            refuse(path, fields[path], must)
     if config.game.name not in games:
-        _refuse("game.name", config.game.name, "one of " + ", ".join(games))
+        refuse("game.name", config.game.name, "one of " + ", ".join(games))
     _check_combinations(config)
     extraction_template(config)
     return _remarks(config)
@@ -283,20 +294,20 @@ def _check_own_game(config: ml_collections.ConfigDict) -> None:
     """There are no texts to play with, only what the teacher reads beside each prefix."""
     with_it = "with config.extract.experience='own_game', whose context belongs to single prefixes"
     if config.consolidate.mode != "on_policy":
-        _refuse("consolidate.mode", config.consolidate.mode, f"'on_policy' {with_it}")
+        refuse("consolidate.mode", config.consolidate.mode, f"'on_policy' {with_it}")
     if config.negative_control not in ("", "none"):
-        _refuse("negative_control", config.negative_control, f"'' {with_it}")
+        refuse("negative_control", config.negative_control, f"'' {with_it}")
     if config.evaluate.curve:
-        _refuse("evaluate.curve", config.evaluate.curve, f"() {with_it}")
+        refuse("evaluate.curve", config.evaluate.curve, f"() {with_it}")
     if config.evaluate.in_context:
-        _refuse("evaluate.in_context", True, f"False {with_it}")
+        refuse("evaluate.in_context", True, f"False {with_it}")
 
 
 def _check_combinations(config: ml_collections.ConfigDict) -> None:
     e, s, t = config.extract, config.sampler, config.consolidate
     control, game = config.negative_control, config.game.name
     if control == "foreign_extraction" and game not in negative_control.OTHER_GAME:
-        _refuse("negative_control", control, f"another one, since {game!r} has no other game")
+        refuse("negative_control", control, f"another one, since {game!r} has no other game")
     wrong = nonsense(*(config.loss[n] for n in ("divergence", "support", "correction", "top_k")))
     if wrong:
         raise UserError(
@@ -306,42 +317,43 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
         )
     if e.experience != "knowledge" and (e.model_path or e.knowledge_from):
         unused = "model_path" if e.model_path else "knowledge_from"
-        _refuse(
+        refuse(
             f"extract.{unused}", e[unused], f"'' with config.extract.experience={e.experience!r}"
         )
     if e.experience == "own_game":
         _check_own_game(config)
     if e.no_op and not e.previous:
-        _refuse(
+        refuse(
             "extract.no_op",
             e.no_op,
             "False with config.extract.previous=False, since an extractor that does not see the "
             "previous knowledge cannot tell what is new",
         )
     if e.knowledge_from and e.model_path:
-        _refuse("extract.model_path", e.model_path, "'' with config.extract.knowledge_from")
+        refuse("extract.model_path", e.model_path, "'' with config.extract.knowledge_from")
     _check_stability(config)
+    _check_lora(config)
     if e.n > e.n_run:
-        _refuse("extract.n", e.n, f"at most config.extract.n_run = {e.n_run}")
+        refuse("extract.n", e.n, f"at most config.extract.n_run = {e.n_run}")
     if config.evaluate.curve and config.evaluate.curve[-1] > e.n_run:
-        _refuse("evaluate.curve", config.evaluate.curve, f"within config.extract.n_run = {e.n_run}")
+        refuse("evaluate.curve", config.evaluate.curve, f"within config.extract.n_run = {e.n_run}")
     longest = s.max_prompt + s.max_response
     if t.token_budget < longest:
-        _refuse(
+        refuse(
             "consolidate.token_budget",
             t.token_budget,
             f"at least {longest}, the longest student sequence "
             f"(sampler.max_prompt {s.max_prompt} + sampler.max_response {s.max_response})",
         )
     if has_extractor(config) and e.previous and 0 < e.max_prompt <= e.l_max:
-        _refuse(
+        refuse(
             "extract.max_prompt",
             e.max_prompt,
             f"0 or above config.extract.l_max = {e.l_max}, since the extractor's prompt holds the "
             "previous knowledge (config.extract.previous)",
         )
     if 0 < s.max_len <= max(s.max_response, e.l_max):
-        _refuse(
+        refuse(
             "sampler.max_len",
             s.max_len,
             f"0 or above {max(s.max_response, e.l_max)}, the longest response; otherwise no prompt "
@@ -353,20 +365,50 @@ def _check_stability(config: ml_collections.ConfigDict) -> None:
     """What keeps a run stable must fit the rest."""
     t, v = config.consolidate, config.evaluate
     if t.retention != "none" and t.teacher == "ema":
-        _refuse(
+        refuse(
             "consolidate.retention",
             t.retention,
             "'none' with config.consolidate.teacher='ema', since the frozen teacher that it holds "
             "on to is not kept; use teacher='frozen' or 'trust_region'",
         )
+    if "teacher" in t.offload and t.teacher == "ema":
+        why = "without 'teacher' if config.consolidate.teacher='ema', which is made anew each step"
+        refuse("consolidate.offload", t.offload, why)
+    if "masters" in t.offload and config.model.dtype == "float32":
+        why = "without 'masters' if config.model.dtype='float32', since rollouts read them"
+        refuse("consolidate.offload", t.offload, why)
     if t.mode == "sft" and t.teacher != "frozen":
-        _refuse("consolidate.teacher", t.teacher, "'frozen' with config.consolidate.mode='sft'")
+        refuse("consolidate.teacher", t.teacher, "'frozen' with config.consolidate.mode='sft'")
     if config.guard.skill_drop and not v.skills:
-        _refuse(
-            "guard.skill_drop", config.guard.skill_drop, "0, or set config.evaluate.skills=True"
-        )
+        refuse("guard.skill_drop", config.guard.skill_drop, "0, or set config.evaluate.skills=True")
     if v.steps and v.steps[-1] >= t.steps:
-        _refuse("evaluate.steps", v.steps, f"below config.consolidate.steps = {t.steps}")
+        refuse("evaluate.steps", v.steps, f"below config.consolidate.steps = {t.steps}")
+
+
+def _check_lora(config: ml_collections.ConfigDict) -> None:
+    """With an adapter there are no masters, and the teacher is the base that it lies on."""
+    t, rank = config.consolidate, config.lora.rank
+    if not rank:
+        return
+    with_it = f"with config.lora.rank={rank}"
+    if t.teacher_dtype:
+        why = f"'' {with_it}, where student and teacher are one set of weights"
+        refuse("consolidate.teacher_dtype", t.teacher_dtype, why)
+    if t.offload not in ("none", "optimizer"):
+        why = f"'none' or 'optimizer' {with_it}, where the student needs the teacher's weights"
+        refuse("consolidate.offload", t.offload, why)
+    if t.teacher == "ema":
+        refuse(
+            "consolidate.teacher",
+            t.teacher,
+            f"'frozen' or 'trust_region' {with_it}, whose teacher is the model without the adapter",
+        )
+    if t.keep_fp32_master:
+        why = "False {}, which keeps no float32 weights of the model"
+        refuse("consolidate.keep_fp32_master", True, why.format(with_it))
+    if config.guard.skill_drop:
+        why = "0 {}, since the adapter of the policy that it puts back is not kept"
+        refuse("guard.skill_drop", config.guard.skill_drop, why.format(with_it))
 
 
 def _remarks(config: ml_collections.ConfigDict) -> list[str]:
@@ -379,90 +421,3 @@ def _remarks(config: ml_collections.ConfigDict) -> list[str]:
             "repeat (spec 3.2)"
         )
     return remarks
-
-
-def _mesh_shape(config: ml_collections.ConfigDict, device_count: int) -> tuple[int, int]:
-    """(fsdp, tp) with -1 resolved.
-
-    Raises:
-      UserError: the product is not the number of devices.
-    """
-    fsdp, tp = config.mesh.fsdp, config.mesh.tp
-    if fsdp == -1 and device_count % tp == 0:
-        fsdp = device_count // tp
-    if fsdp * tp != device_count:
-        raise UserError(
-            f"config.mesh.fsdp={config.mesh.fsdp} x config.mesh.tp={tp} does not give the "
-            f"{device_count} device(s) that JAX sees; set config.mesh.fsdp=-1 and config.mesh.tp "
-            f"to one of {_divisors(device_count)}"
-        )
-    return fsdp, tp
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def validate_against_model(
-    config: ml_collections.ConfigDict,
-    model_config: Any,
-    tokenizer_vocab_size: int,
-    device_count: int,
-) -> None:
-    """Check the config against the model's shape and the devices; call it before loading weights.
-
-    Args:
-      config: a config that passed `validate`.
-      model_config: `oel_jax.lm.config.ModelConfig`.
-      tokenizer_vocab_size: ids from this one on are padding rows and never sampled.
-      device_count: devices that JAX sees.
-
-    Raises:
-      UserError: names the field and the values that would fit.
-    """
-    m = model_config
-    fsdp, tp = _mesh_shape(config, device_count)
-    if config.loss.top_k > m.vocab_size:
-        _refuse("loss.top_k", config.loss.top_k, f"at most the model's vocabulary, {m.vocab_size}")
-    for group in ("deploy", "extract", "evaluate"):
-        if config[group].top_k > tokenizer_vocab_size:
-            _refuse(
-                f"{group}.top_k",
-                config[group].top_k,
-                f"at most {tokenizer_vocab_size}, the tokens of the tokenizer (0 = off)",
-            )
-    divided = {
-        "tp": (
-            ("the model's num_heads", m.num_heads),
-            ("the model's num_kv_heads", m.num_kv_heads),
-            ("the model's intermediate_size", m.intermediate_size),
-            ("the model's vocab_size", m.vocab_size),
-        ),
-        "fsdp": (
-            ("config.sampler.slots", config.sampler.slots),
-            ("config.sampler.prefill_rows", config.sampler.prefill_rows),
-            ("the model's hidden_size", m.hidden_size),
-        ),
-    }
-    for axis, size in (("tp", tp), ("fsdp", fsdp)):
-        for what, number in divided[axis]:
-            if number % size:
-                fits = [d for d in _divisors(device_count) if number % d == 0]
-                raise UserError(
-                    f"config.mesh.{axis}={size} does not divide {what} = {number}; with "
-                    f"{device_count} device(s) it can be one of {fits}"
-                )
-    stages = {
-        "a game with knowledge (sampler.max_prompt + extract.l_max + sampler.max_response)": sum(
-            play_budget(config, True)
-        ),
-    }
-    if has_extractor(config):
-        name = "the extractor (extract.max_prompt + extract.l_max)"
-        stages[name] = sum(extractor_budget(config))
-    for what, length in stages.items():
-        if length > m.max_positions:
-            raise UserError(
-                f"{what} may need {length} tokens, but the model was made for "
-                f"{m.max_positions} positions; lower these config fields"
-            )

@@ -86,6 +86,24 @@ _TOP_P = _number(0, 1, open_low=True)
 _DTYPE = _choice("float32", "bfloat16")
 
 
+_ADAPTABLE = ("q", "k", "v", "o", "gate", "up", "down")  # as lm.model.ADAPTABLE
+_AWAY = ("optimizer", "masters", "teacher")
+
+
+def _some(*among: str) -> Rule:
+    def check(value: Any) -> str | None:
+        names = value.split(",") if isinstance(value, str) else []
+        right = names and set(names) <= set(among) and len(names) == len(set(names))
+        return None if right else f"some of {','.join(among)}, with commas and no spaces"
+
+    return check
+
+
+def _offload(value: Any) -> str | None:
+    wrong = None if value == "none" else _some(*_AWAY)(value)
+    return wrong and f"'none' or {wrong}"
+
+
 def _profile(value: Any) -> str | None:
     try:
         traced_steps(value)
@@ -143,6 +161,7 @@ def rules() -> dict[str, Rule]:
             ),
             "max_len": _integer(0),
             "overlap": _FLAG,
+            "weights": _choice("split", "whole"),
         },
         "deploy": {"games_per_step": _POSITIVE},
         "extract": {
@@ -171,6 +190,7 @@ def rules() -> dict[str, Rule]:
         "consolidate": {
             **dict.fromkeys(("steps", "token_budget", "save_every"), _POSITIVE),
             "mode": _choice("on_policy", "off_policy", "sft"),
+            "save_minutes": _number(0),
             "learning_rate": _number(0, 1, open_low=True),
             "b1": _number(0, 0.9999999),
             "b2": _number(0, 0.9999999),
@@ -183,12 +203,19 @@ def rules() -> dict[str, Rule]:
             "remat": _choice("none", "products", "layer"),
             "knowledge_rng": _choice("released"),
             "moments_dtype": _DTYPE,
+            "teacher_dtype": _choice("", "float32", "bfloat16"),
+            "offload": _offload,
             "turn_fraction": _number(0, 1, open_low=True),
             "turn_floor": _number(0),
             "retention": _choice("none", "plain", "knowledge"),
             "retention_weight": _number(0),
             "teacher": _choice("frozen", "ema", "trust_region"),
             "teacher_rate": _number(0, 1, open_low=True),
+        },
+        "lora": {
+            "rank": _integer(0),
+            "alpha": _number(0, open_low=True),
+            "targets": _some(*_ADAPTABLE),
         },
         "guard": {
             "response_tokens": _band,

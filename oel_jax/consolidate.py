@@ -16,11 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 
-from oel_jax import guard, negative_control
+from oel_jax import guard, negative_control, preemption
+from oel_jax.checkpoints import RoundCheckpoints
+from oel_jax.distill.lora import Lora, adapted, fresh_adapter, merged, save_adapter
 from oel_jax.distill.memory import Accumulator, used
+from oel_jax.distill.offload import parts, to_device, to_host
+from oel_jax.distill.optimizer import optimizer
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 from oel_jax.distill.selection import moved, selected
 from oel_jax.distill.step import (
@@ -29,7 +33,6 @@ from oel_jax.distill.step import (
     Sums,
     averaged,
     cast,
-    optimizer,
     update,
     zeros_like,
 )
@@ -38,11 +41,12 @@ from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.experience import own_contexts, texts_of_round
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import save_model
-from oel_jax.lm.language_model import DTYPES, LanguageModel
+from oel_jax.lm.language_model import DTYPES
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import mean_values, table
 from oel_jax.metrics import read as read_metrics
+from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import device_bytes, put_batch
 from oel_jax.profiling import StepTrace
 from oel_jax.rollouts import demonstrated, header, on_policy
@@ -53,7 +57,7 @@ from oel_jax.workdir import write_json
 
 @dataclass
 class _Student:
-    """Float32 masters and optimizer state; `step` updates are done.
+    """Float32 masters (or an adapter) and optimizer state; `step` updates are done.
 
     `teacher`: float32 weights of a teacher that follows the student, else None.
     """
@@ -86,8 +90,8 @@ class _Round:
 def consolidate(run: Run, round_number: int) -> list[Path]:
     """Train P_r into P_{r+1}; returns the files. Goes on from the last checkpoint."""
     config, settings = run.config, run.config.consolidate
-    source = run.policy_directory(round_number)
-    teacher_model = run.policy(round_number)
+    teacher_dtype = settings.teacher_dtype or config.model.dtype
+    teacher_model = run.load(run.policy_directory(round_number), teacher_dtype, run.mesh)
     teacher = Teacher(
         teacher_model,
         texts_of_round(run, round_number, teacher_model),
@@ -99,11 +103,11 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     first, own = prefixes(games), own_contexts(run, games, teacher_model.tokenizer)
     head = header(first)
     tx = optimizer(settings)
-    step_config = _step_config(run, teacher_model)
+    step_config = static_settings(config, teacher_model.cfg)
     label = f"round {round_number} consolidate"
     traces = run.workdir.tensorboard / f"round_{round_number:03d}" / "consolidate"
     with _checkpoints(run, round_number) as checkpoints, jax.set_mesh(run.mesh):
-        student = _start(run, source, tx, checkpoints)
+        student = _start(run, round_number, tx, checkpoints)
         run.metrics.rewind("consolidate", round_number, student.step)
         sampler = run.sampler(
             teacher_model,
@@ -115,7 +119,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         some = first[:16]
         teacher.prepare([each.prompt for each in some], [own[each.game] for each in some])
         _follow(run, student, teacher)
-        add = Accumulator(step_config, _held(student, teacher, sampler))
+        add = Accumulator(step_config, _held(run, student, teacher, sampler))
         this = _Round(run, round_number, teacher, head, sampler, step_config, add, tx)
         with (
             StepTrace(run.config.profile, traces) as trace,
@@ -130,30 +134,37 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
                 if stopped:
                     break
                 if student.step in config.evaluate.steps and student.step < settings.steps:
-                    _export(run, student, source, run.workdir.policy_at(round_number, student.step))
-                if student.step % settings.save_every == 0 and student.step < settings.steps:
-                    checkpoints.save(student.step, args=ocp.args.StandardSave(student.saved()))
+                    _export(this, student, run.workdir.policy_at(round_number, student.step))
+                noticed = processes.any_says(preemption.noticed())
+                if noticed or (student.step < settings.steps and checkpoints.due(student.step)):
+                    checkpoints.save(student.step, student.saved())
+                if noticed:
+                    checkpoints.wait()
+                    raise preemption.Preempted
                 note = f"{values['response_tokens']:.1f} tokens/answer"
                 note += f", loss {values['loss']:.4f}" if "loss" in values else ", nothing to learn"
                 progress.update(note=note)
-        checkpoints.wait_until_finished()
+        checkpoints.wait()
         files = [run.workdir.policy(round_number)]
         if stopped:
-            student = _last_good(run, source, tx, checkpoints, stopped.step)
+            student = _last_good(run, round_number, tx, checkpoints, stopped.step)
             files.append(_stop(run, round_number, stopped, student.step))
-        _export(run, student, source, files[0])
-        _report(run, round_number, teacher)
+        _export(this, student, files[0])
+        if step_config.lora:
+            files.append(_export_adapter(this, student))
+        if processes.is_first():
+            _report(run, round_number, teacher)
         if add.temporaries:
             print(f"memory: {add.predicted / 1e9:.2f} GB predicted for a step; {used()}")
     steps = [run.workdir.policy_at(round_number, step) for step in config.evaluate.steps]
     return files + [policy for policy in steps if policy.exists()]
 
 
-def _step_config(run: Run, model: LanguageModel) -> StepConfig:
-    """The static part of a step."""
-    config, settings = run.config, run.config.consolidate
+def static_settings(config: ml_collections.ConfigDict, cfg: ModelConfig) -> StepConfig:
+    """The static part of a step, for a model of shape `cfg`."""
+    settings, lora = config.consolidate, Lora.of(config.lora)
     return StepConfig(
-        model=model.cfg,
+        model=cfg,
         kl=KLConfig(
             config.loss.top_k,
             config.loss.temperature,
@@ -169,33 +180,55 @@ def _step_config(run: Run, model: LanguageModel) -> StepConfig:
         retention=settings.retention,
         retention_weight=settings.retention_weight,
         trust=settings.teacher_rate if settings.teacher == "trust_region" else 0.0,
+        lora=lora.scale if lora else 0.0,
     )
 
 
-def _export(run: Run, student: _Student, source: Path, policy: Path) -> None:
+def _weights(this: _Round, student: _Student) -> Any:
+    """What the student computes with, in the compute dtype: a copy where that is not float32, or
+    with LoRA the teacher's own arrays and the adapter."""
+    if this.step.lora:
+        base = this.teacher.model.params
+        return adapted(base, student.params, this.step.lora, this.step.dtype)
+    return cast(student.params, this.step.dtype)
+
+
+def _export(this: _Round, student: _Student, policy: Path) -> None:
     """Write the student as a model: rounded to bfloat16 as in the released code (spec 8.2)."""
-    if policy.exists():  # written by a run that was killed before it could record it
+    run, model = this.run, this.teacher.model
+    if processes.is_first() and policy.exists():  # by a run that was killed before it recorded it
         shutil.rmtree(policy)
     saved = jnp.float32 if run.config.consolidate.keep_fp32_master else jnp.bfloat16
-    cfg = ModelConfig.from_directory(source)
-    save_model(policy, cfg, student.params, source=source, dtype=saved)
+    params, lora = to_device(student.params), Lora.of(run.config.lora)
+    if lora:
+        params = merged(model.params, params, lora)
+    save_model(policy, model.cfg, params, source=model.directory, dtype=saved)
+
+
+def _export_adapter(this: _Round, student: _Student) -> Path:
+    """Write the adapter beside the policy that it is merged into, as PEFT reads it."""
+    run, directory = this.run, this.run.workdir.adapter(this.number)
+    if processes.is_first() and directory.exists():
+        shutil.rmtree(directory)
+    base = run.config.model.path if this.number == 1 else f"round_{this.number - 1:03d}/policy"
+    lora = Lora.of(run.config.lora)
+    save_adapter(directory, this.teacher.model.cfg, student.params, lora, base=base)
+    return directory
 
 
 def _last_good(
-    run: Run, source: Path, tx: Any, checkpoints: ocp.CheckpointManager, step: int
+    run: Run, round_number: int, tx: Any, checkpoints: RoundCheckpoints, step: int
 ) -> _Student:
     """The newest checkpoint whose weights a step before `step` has found good, or P_r."""
-    good = [kept for kept in checkpoints.all_steps() if kept <= step - 2]
-    for kept in checkpoints.all_steps():
-        if kept not in good:
-            checkpoints.delete(kept)
-    return _start(run, source, tx, checkpoints)
+    checkpoints.drop_after(step - 2)
+    return _start(run, round_number, tx, checkpoints)
 
 
 def _stop(run: Run, round_number: int, broken: guard.Broken, kept: int) -> Path:
     """Say and record that a guard ended the round."""
     file = run.workdir.guard_file(round_number)
-    write_json(file, asdict(broken) | {"kept_step": kept})
+    if processes.is_first():
+        write_json(file, asdict(broken) | {"kept_step": kept})
     what = f"the weights of step {kept}" if kept else "the weights the round began with"
     print(f"GUARD: round {round_number} is stopped. {broken}; kept: {what} (config.guard)")
     return file
@@ -204,14 +237,17 @@ def _stop(run: Run, round_number: int, broken: guard.Broken, kept: int) -> Path:
 def _follow(run: Run, student: _Student, teacher: Teacher) -> None:
     """Give the teacher the averaged weights, if there are any."""
     if student.teacher is not None:
-        teacher.refresh(cast(student.teacher, DTYPES[run.config.model.dtype]))
+        dtype = run.config.consolidate.teacher_dtype or run.config.model.dtype
+        teacher.refresh(cast(student.teacher, DTYPES[dtype]))
 
 
-def _held(student: _Student, teacher: Teacher, sampler: Sampler) -> dict[str, int]:
+def _held(run: Run, student: _Student, teacher: Teacher, sampler: Sampler) -> dict[str, int]:
     """Bytes of one device that live through an optimizer step, by name."""
+    name = "adapter, float32" if run.config.lora.rank else "student, float32"
+    away = parts(run.config.consolidate)
     held = {
-        "student, float32": device_bytes(student.params),
-        "AdamW's moments": device_bytes(student.state),
+        name: device_bytes(student.params),
+        "AdamW's moments": 0 if "optimizer" in away else device_bytes(student.state),
         "gradients, float32": device_bytes(student.params),
         "teacher": device_bytes(teacher.model.params),
         "knowledge, encoded": device_bytes([prefix.cache for prefix in teacher.encoded]),
@@ -222,33 +258,46 @@ def _held(student: _Student, teacher: Teacher, sampler: Sampler) -> dict[str, in
     return held
 
 
-def _checkpoints(run: Run, round_number: int) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
+def _checkpoints(run: Run, round_number: int) -> RoundCheckpoints:
+    settings = run.config.consolidate
+    return RoundCheckpoints(
         run.workdir.checkpoints(round_number),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=2 if guard.watches(run.config) else 1,  # the newest may not be good
-            create=True,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
-        ),
+        every=settings.save_every,
+        minutes=settings.save_minutes,
+        keep=2 if guard.watches(run.config) else 1,  # the newest may not be good
     )
 
 
-def _start(run: Run, source: Path, tx: Any, checkpoints: ocp.CheckpointManager) -> _Student:
-    """Float32 masters of P_r with a fresh optimizer, or the last checkpoint of this round."""
-    params = run.load(source, dtype="float32").params
-    average = jax.tree.map(jnp.copy, params) if run.config.consolidate.teacher == "ema" else None
+def _start(run: Run, round_number: int, tx: Any, checkpoints: RoundCheckpoints) -> _Student:
+    """What is trained, with a fresh optimizer, or the last checkpoint of this round.
+
+    That is float32 masters of P_r, or with LoRA an adapter that changes nothing yet.
+    """
+    source, lora, average = run.policy_directory(round_number), Lora.of(run.config.lora), None
+    if lora:
+        cfg = ModelConfig.from_directory(source)
+        params = fresh_adapter(cfg, lora, run.mesh, run.key("lora", round_number))
+    else:
+        params = run.load(source, dtype="float32", mesh=run.mesh).params
+    if run.config.consolidate.teacher == "ema":
+        average = jax.tree.map(jnp.copy, params)
     student = _Student(params, jax.jit(tx.init)(params), 0, average)
-    latest = checkpoints.latest_step()
-    if latest is None:
+    _put_away(run, student)
+    if not checkpoints.steps:
         return student
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        student.saved(),
-    )
-    saved = checkpoints.restore(latest, args=ocp.args.StandardRestore(like))
+    latest = checkpoints.steps[-1]
+    saved = checkpoints.restore(latest, student.saved())
     print(f"going on from optimizer step {latest}")
     return _Student(saved["params"], saved["state"], latest, saved.get("teacher"))
+
+
+def _put_away(run: Run, student: _Student) -> None:
+    """Into host memory with what is not needed until the next micro-batches or update."""
+    away = parts(run.config.consolidate)
+    if "masters" in away:
+        student.params = to_host(student.params)
+    if "optimizer" in away:
+        student.state = to_host(student.state)
 
 
 def _step(this: _Round, student: _Student) -> dict[str, float]:
@@ -256,8 +305,13 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
     run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
     number, began = student.step + 1, time.monotonic()
     if settings.mode == "on_policy":
-        parts = (student.params, teacher, this.head, this.sampler)
-        samples, stopped = on_policy(run, this.number, number, *parts)
+        if "teacher" in parts(settings):
+            teacher.model.params = to_host(teacher.model.params)
+        # Nothing here holds on to these weights: in bfloat16 they are a copy that has to go.
+        samples, stopped = on_policy(
+            run, this.number, number, _weights(this, student), teacher, this.head, this.sampler
+        )
+        teacher.model.params = to_device(teacher.model.params)
     else:
         samples, stopped = demonstrated(run, this.number, number, teacher)
     rolled_out = time.monotonic()
@@ -297,10 +351,11 @@ def _train(
     run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
     weights = sample_weights(samples, batches, run.config.loss.aggregation)
+    student.params = to_device(student.params)
     gradients = zeros_like(student.params)
     total, reader, own = None, None, {}
     if this.step.own_view:
-        reader = cast(student.params, DTYPES[run.config.model.dtype])
+        reader = _weights(this, student)
     for text, rows in batches:
         filled = fill(samples, weights, rows, shape, run.config.sampler.max_response, PLACES)
         if reader is not None and text not in own:
@@ -316,6 +371,7 @@ def _train(
         rate = settings.teacher_rate
         student.teacher = averaged(student.teacher, student.params, rate=rate)
         _follow(run, student, teacher)
+    _put_away(run, student)
     total, done = jax.device_get((total, done))
     if done.skipped:
         print(f"step {student.step}: the gradient norm is not finite; the update was skipped")

@@ -6,6 +6,7 @@ knowledge (T, one file per chain, evaluation sampling) and games whose prefixes 
 for the demonstrations that the off-policy baselines train on.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from oel_jax import games, negative_control
+from oel_jax import games, negative_control, preemption
+from oel_jax.config import play_budget
 from oel_jax.experience import drawn_texts, texts_of_round
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, common_prefix
@@ -23,9 +25,10 @@ from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import Progress, table
+from oel_jax.parallel import processes
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
-from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn
+from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn, read, write_line
 from oel_jax.workdir import write_bytes
 
 
@@ -134,6 +137,7 @@ def play(
     newcomers = sit()
     sampler.submit(islice(newcomers, seats))
     while sampler.busy:
+        preemption.stop_if_noticed()
         for done in sampler.poll(model.params):
             seat = done.tag
             seat.respond(done)
@@ -178,6 +182,78 @@ def recover(
     if len(records) < len(lines):
         write_bytes(log, b"".join(lines[: len(records)]))
     return records
+
+
+def play_recorded(
+    run: Run,
+    model: LanguageModel,
+    jobs: Sequence[Job],
+    log: Path,
+    label: str,
+    how: Sampling,
+    slots: int,
+    fits: Callable[[dict[str, Any], Job], bool],
+    record: Callable[[Played], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Play games and keep a record of each; the records of all, in the order of `jobs`.
+
+    Records are written beside the result as games end, so that nothing is played twice; each
+    process has its part of the games and a log of its own. `forget_records` removes the logs.
+
+    Args:
+      slots: for all games; processes share them.
+      fits: whether a record is this job's.
+      record: what to keep of a game, plain JSON types.
+    """
+    mine, own = processes.share(jobs), _own(log)
+    own.parent.mkdir(parents=True, exist_ok=True)
+    records = recover(own, mine, fits)
+    left = mine[len(records) :]
+    with run.progress(len(mine), "games", label, done=len(records)) as progress:
+        if left:
+            texts = list(dict.fromkeys(job.knowledge for job in jobs))
+            slots = run.slots(-(-slots // processes.count()))
+            sampler, prefixes = _player(run, model, how, texts, slots)
+            played = play(run, model, sampler, left, slots, progress, prefixes)
+            with own.open("a", encoding="utf-8") as out:
+                for game in in_order(played, left):
+                    records.append(record(game))
+                    out.write(json.dumps(records[-1]) + "\n")
+                    out.flush()
+    return processes.together(processes.exchange(records))
+
+
+def forget_records(log: Path) -> None:
+    """Remove the logs of all processes, once the result that was made of them is written."""
+    processes.wait(f"{log.name} is used")
+    if processes.is_first():
+        for path in log.parent.glob(f"{log.stem}*.jsonl"):
+            path.unlink(missing_ok=True)
+
+
+def _own(path: Path) -> Path:
+    """The file of this process that will become a part of `path`; `path` itself if it is alone."""
+    if processes.count() == 1:
+        return path
+    return path.with_name(f"{path.stem}.process_{processes.index():03d}.jsonl")
+
+
+def _player(
+    run: Run, model: LanguageModel, how: Sampling, texts: Sequence[str], slots: int
+) -> tuple[Sampler, dict[str, tuple[int, ...]]]:
+    """A sampler for games with these knowledge texts ('' = none), and what their prompts share."""
+    prefixes = {text: shared_beginning(run, model, text) for text in texts}
+    prompt, response = play_budget(run.config, False)
+    sampler = run.sampler(
+        model,
+        how,
+        # room for a text that is too short to be shared, and for merges at its ends
+        prompt=prompt + (SHARED_FROM + 16 if any(texts) else 0),
+        response=response,
+        slots=slots,
+        prefixes=prefixes.values(),
+    )
+    return sampler, prefixes
 
 
 @dataclass(frozen=True)
@@ -263,50 +339,67 @@ def _collect(
     config = run.config
     game_name = negative_control.played_game(config, purpose)
     files[0].path.parent.mkdir(parents=True, exist_ok=True)
+    processes.first_does("games so far", lambda: _merge(files))
+    have = processes.from_first([_seeds_in(file) for file in files] if processes.is_first() else [])
     jobs: list[Job] = []
-    before: list[Trajectory] = []
-    for file in files:
-        finished: list[Trajectory] = []
-        if file.path.exists():
-            with TrajectoryWriter(file.path) as writer:
-                finished = writer.finished
-        before += finished
-        have = {game.seed for game in finished}
+    for file, there in zip(files, have, strict=True):
         parts = (purpose, round_number) if file.chain is None else (purpose, round_number, "game")
         jobs += [
             Job(seed, parts, text, chain=file.chain, tag=file, game=game_name)
             for seed, text in zip(file.seeds, file.texts or [""] * len(file.seeds), strict=True)
-            if seed not in have
+            if seed not in there
         ]
-    total = sum(len(file.seeds) for file in files)
+    total, done = sum(len(file.seeds) for file in files), sum(map(len, have))
+    mine = processes.share(jobs)
     label = f"round {round_number} deploy for {_PURPOSE[purpose]}"
-    stats = np.zeros(4, np.int64)
-    for game in before:
-        stats += _count(game.turns, model.tokenizer.stop_ids)
-    with run.progress(total, "games", label, done=len(before)) as progress:
-        if jobs:
-            slots = min(config.sampler.slots, total)  # not what is left: a resumed run is the same
+    with run.progress(done + len(mine), "games", label, done=done) as progress:
+        if mine:
+            # not what is left: a resumed run is the same
+            slots = run.slots(-(-total // processes.count()))
             texts = sorted({text for file in files for text in file.texts or [""]})
-            prefixes = {text: shared_beginning(run, model, text) for text in texts}
-            sampler = run.sampler(
-                model,
-                how,
-                # room for a text that is too short to be shared, and for merges at its ends
-                prompt=config.sampler.max_prompt + (SHARED_FROM + 16 if any(texts) else 0),
-                response=config.sampler.max_response,
-                slots=slots,
-                prefixes=prefixes.values(),
-            )
-            played = play(run, model, sampler, jobs, slots, progress, prefixes)
-            games_played = in_order(played, jobs)
-            _write(run, round_number, purpose, games_played, stats, model)
-    return stats
+            sampler, prefixes = _player(run, model, how, texts, slots)
+            played = play(run, model, sampler, mine, slots, progress, prefixes)
+            _write(round_number, purpose, in_order(played, mine))
+    processes.wait(f"{label} is played")
+    processes.first_does(f"{label} is merged", lambda: _merge(files))
+    stats = np.zeros(4, np.int64)
+    if processes.is_first():
+        stop_ids = model.tokenizer.stop_ids
+        stats = sum((_count(game.turns, stop_ids) for f in files for game in read(f.path)), stats)
+    return np.asarray(processes.from_first(stats.tolist()))
+
+
+def _seeds_in(file: _File) -> list[int]:
+    """Seeds of the games that a file has already; a torn last line is cut off."""
+    if not file.path.exists():
+        return []
+    with TrajectoryWriter(file.path) as writer:
+        return [game.seed for game in writer.finished]
+
+
+def _merge(files: Sequence[_File]) -> None:
+    """Put the games that several processes wrote into the files they belong to, in their order."""
+    for file in files:
+        parts = sorted(file.path.parent.glob(f"{file.path.stem}.process_*.jsonl"))
+        games: dict[int, Trajectory] = {}
+        for path in (file.path, *parts) if parts else ():
+            if path.exists():
+                with TrajectoryWriter(path) as writer:
+                    games |= {game.seed: game for game in writer.finished}
+        if games:
+            whole = io.BytesIO()
+            for seed in file.seeds:
+                if seed in games:
+                    write_line(whole, games[seed])
+            write_bytes(file.path, whole.getvalue())
+        for path in parts:
+            path.unlink()
 
 
 _PURPOSE = {"extract": "knowledge", "deploy": "prefixes", "demonstrate": "demonstrations"}
 
 
-def _write(run, round_number, purpose, games_played, stats, model) -> None:
+def _write(round_number: int, purpose: str, games_played: Iterable[Played]) -> None:
     """Append games to their files as they come; one file is open at a time."""
     writer, current = None, None
     try:
@@ -315,7 +408,7 @@ def _write(run, round_number, purpose, games_played, stats, model) -> None:
             if file is not current:
                 if writer is not None:
                     writer.close()
-                writer, current = TrajectoryWriter(file.path, sync_every=64), file
+                writer, current = TrajectoryWriter(_own(file.path), sync_every=64), file
             writer.write(
                 Trajectory(
                     game=played.job.game,
@@ -329,7 +422,6 @@ def _write(run, round_number, purpose, games_played, stats, model) -> None:
                     outcome=played.game.outcome(),
                 )
             )
-            stats += _count(played.turns, model.tokenizer.stop_ids)
     finally:
         if writer is not None:
             writer.close()

@@ -6,7 +6,6 @@ the boards that no deploy game of any round so far has shown. A few games are
 kept word by word, for the report page.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from oel_jax import games
-from oel_jax.config import play_budget
-from oel_jax.deploy import Job, Played, in_order, play, recover, shared_beginning
+from oel_jax.deploy import Job, Played, forget_records, play_recorded
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.lm.prefix import SHARED_FROM
+from oel_jax.parallel import processes
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval
-from oel_jax.workdir import read_json, samples_of, write_json
+from oel_jax.workdir import samples_of, write_json
 
 SAMPLED = 6  # boards, from the first, whose game of the first seed is kept whole
 
@@ -45,8 +43,8 @@ def evaluate(
 
     Finished games are kept beside the result while it runs, so nothing is played twice.
     """
-    if file.exists() and samples_of(file).exists():
-        return read_json(file)
+    if processes.from_first(file.exists() and samples_of(file).exists()):
+        return run.read_json(file)
     config = run.config.evaluate
     boards = games.heldout_seeds(config.maps)
     slots = run.slots(config.seeds * config.maps)
@@ -64,33 +62,14 @@ def evaluate(
         for index in range(first, min(first + lanes, config.seeds))
     ]
     log = file.with_suffix(".games.jsonl")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    records = recover(log, jobs, _fits)
-    left = jobs[len(records) :]
-    with run.progress(len(jobs), "games", label, done=len(records)) as progress:
-        if left:
-            prompt, response = play_budget(run.config, False)
-            prefixes = {text: shared_beginning(run, model, text) for text in texts or [""]}
-            sampler = run.sampler(
-                model,
-                sampling(config),
-                # room for a text that is too short to be shared, and for merges at its ends
-                prompt=prompt + (SHARED_FROM + 16 if texts else 0),
-                response=response,
-                slots=slots,
-                prefixes=prefixes.values(),
-            )
-            games_played = play(run, model, sampler, left, slots, progress, prefixes)
-            with log.open("a", encoding="utf-8") as out:
-                for played in in_order(games_played, left):
-                    records.append(_record(played))
-                    out.write(json.dumps(records[-1]) + "\n")
-                    out.flush()
+    how = sampling(config)
+    records = play_recorded(run, model, jobs, log, label, how, slots, _fits, _record)
     result = _summarise(run, records, round_number)
     _show(run, file.stem, round_number, records)
-    write_json(samples_of(file), {"games": _samples(records)})
-    write_json(file, result)
-    log.unlink(missing_ok=True)
+    if processes.is_first():
+        write_json(samples_of(file), {"games": _samples(records)})
+        write_json(file, result)
+    forget_records(log)
     return result
 
 

@@ -176,7 +176,7 @@ def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[st
             keep=extract.truncate,
             marker=extract.item_marker,
         )
-        for text in read_json(path)["texts"]
+        for text in run.read_json(path)["texts"]
     ]
     if empty_on_purpose(run.config):
         return texts[:1] if extract.experience == "own_game" else texts

@@ -9,16 +9,19 @@ Where the extractor does not see previous knowledge, all calls are independent a
 are generated as one batch. The text after every step is a file of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from oel_jax import knowledge, prompts
+from oel_jax import knowledge, preemption, prompts
 from oel_jax.config import extraction_template, extractor_budget
 from oel_jax.experience import no_experience, of_another_run, raw_trajectories
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
 from oel_jax.lm.requests import Completion, Request
 from oel_jax.metrics import printable
+from oel_jax.parallel import processes
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, read
 from oel_jax.workdir import read_json, write_json
@@ -37,15 +40,32 @@ class _Chain:
 def extract(run: Run, round_number: int) -> list[Path]:
     """Grow the K texts of a round; returns the files. Finished steps are not done again."""
     config = run.config.extract
+    numbers = range(config.chains)
     if config.knowledge_from or config.experience != "knowledge":
         empty = {"none": no_experience, "own_game": no_experience}
         fill = {"knowledge": of_another_run, "raw": raw_trajectories} | empty
-        fill[config.experience](run, round_number)
-        _log(run, round_number, range(1, config.n_run + 1))
-        return _finish(run, round_number)
+        work = partial(fill[config.experience], run, round_number)
+        processes.first_does("texts are filled in", work)
+    else:
+        _grow(run, round_number, processes.share(numbers))
+        processes.wait("chains are grown")
+    if processes.is_first():
+        if config.knowledge_from or config.experience != "knowledge" or processes.count() > 1:
+            _log(run, round_number, range(1, config.n_run + 1))
+        _finish(run, round_number)
+    steps = range(1, config.n_run + 1)
+    files = [run.workdir.knowledge_step(round_number, k, step) for k in numbers for step in steps]
+    return [run.workdir.knowledge(round_number), *files]
+
+
+def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
+    """Grow these chains in lock-step."""
+    config = run.config.extract
+    if not numbers:  # more processes than chains
+        return
     directory = resolve(bundled(config.model_path)) if config.model_path else None
-    extractor = run.load(directory) if directory else run.policy(round_number)
-    chains = [_open_chain(run, round_number, number) for number in range(config.chains)]
+    extractor = run.player(run.load(directory)) if directory else run.policy(round_number)
+    chains = [_open_chain(run, round_number, number) for number in numbers]
     longest_prompt, budget = extractor_budget(run.config)
     # Steps generated together: one while a step needs the text of the last.
     width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
@@ -57,15 +77,17 @@ def extract(run: Run, round_number: int) -> list[Path]:
         sampling(config),
         prompt=longest_prompt,
         response=budget,
-        slots=width * config.chains,
+        slots=width * len(chains),
         draft=config.draft_tokens,
     )
-    first = min(chain.done for chain in chains)
-    _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics
+    first, alone = min(chain.done for chain in chains), processes.count() == 1
+    if alone:
+        _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics
     label = f"round {round_number} extract"
     done = sum(chain.done for chain in chains)
     with run.progress(config.n_run * len(chains), "calls", label, done=done) as progress:
         for start in range(first + 1, config.n_run + 1, width):
+            preemption.stop_if_noticed()
             steps = range(start, min(start + width, config.n_run + 1))
             requests = [
                 _request(run, extractor, round_number, chain, step)
@@ -77,8 +99,8 @@ def extract(run: Run, round_number: int) -> list[Path]:
                 chain, step = answer.tag
                 _absorb(run, extractor, round_number, chain, step, answer, opened)
                 progress.update()
-            _log(run, round_number, steps)
-    return _finish(run, round_number)
+            if alone:  # otherwise other processes have some of the chains
+                _log(run, round_number, steps)
 
 
 def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
@@ -211,7 +233,7 @@ def _upkeep(run: Run) -> list[str]:
     return [name for name, wanted in counted.items() if wanted]
 
 
-def _finish(run: Run, round_number: int) -> list[Path]:
+def _finish(run: Run, round_number: int) -> None:
     """Write the pool of texts after n steps and print a short overview."""
     config, workdir = run.config.extract, run.workdir
     used = _records(run, round_number, config.n)
@@ -249,9 +271,3 @@ def _finish(run: Run, round_number: int) -> list[Path]:
     empty = sum(not text for text in texts)
     if empty:
         print(f"{empty} of {len(texts)} knowledge texts are empty")
-    files = [
-        workdir.knowledge_step(round_number, chain, step)
-        for chain in range(config.chains)
-        for step in range(1, config.n_run + 1)
-    ]
-    return [pool, *files]

@@ -15,6 +15,7 @@ command again does what is missing.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from oel_jax.errors import UserError
 from oel_jax.evaluate import evaluate
 from oel_jax.extract import extract
 from oel_jax.metrics import duration, table
+from oel_jax.parallel import processes
 from oel_jax.preflight import heed, preflight
 from oel_jax.profiling import compile_seconds
 from oel_jax.run import Run
@@ -60,7 +62,7 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
         }
         print(f"\n=== round {number} of {run.config.rounds} ===")
         for stage in stages_of(run.config):
-            if stage not in stages or run.workdir.finished(number, stage):
+            if stage not in stages or run.finished(number, stage):
                 continue
             missing = _missing(run, number, stage)
             if missing:
@@ -74,8 +76,10 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
             if stage == "consolidate":
                 _heed_preflight(run, number)
             _stage(run, number, stage, work[stage])
+        if run.finished(number, "consolidate") and processes.is_first():
+            run.workdir.drop_checkpoints(number)
         _summary(run)
-        if run.workdir.finished(number, "evaluate"):
+        if run.finished(number, "evaluate") and processes.is_first():
             print(_round_table(run, number))
     compiled = compile_seconds() - compiled
     print(f"\nall: {duration(time.monotonic() - began)}, {compiled:.1f} s of it compiling")
@@ -84,8 +88,8 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
 def _missing(run: Run, number: int, stage: str) -> list[str]:
     """Unfinished stages that `stage` of this round builds on."""
     needs = [need for need in _NEEDS[stage] if need in stages_of(run.config)]
-    missing = [need for need in needs if not run.workdir.finished(number, need)]
-    if number > 1 and not run.workdir.finished(number - 1, "consolidate"):
+    missing = [need for need in needs if not run.finished(number, need)]
+    if number > 1 and not run.finished(number - 1, "consolidate"):
         missing.append(_before(number))
     return missing
 
@@ -105,13 +109,14 @@ def _before(number: int) -> str:
 
 def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> None:
     """Run one stage unless it is finished; record its files and its time."""
-    if run.workdir.finished(number, name):
+    if run.finished(number, name):
         return
     began, compiled = time.monotonic(), compile_seconds()
     taken = run.shelf.take(run, number, name) if run.shelf else None
     files = taken or work()
     seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
-    run.workdir.finish(number, name, files, seconds)
+    record = partial(run.workdir.finish, number, name, files, seconds)
+    processes.first_does(f"{number} {name} is finished", record)
     if run.shelf:
         run.shelf.put(run, number, name)
     timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
@@ -125,9 +130,9 @@ def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> 
 def _consolidate(run: Run, number: int) -> list[Path]:
     """The stage, and the guard on skills, which are measured by playing: not on its side."""
     files = consolidate(run, number)
-    if not run.config.guard.skill_drop:
-        return files
-    return files + keep_skilled(run, number)
+    if run.config.guard.skill_drop and processes.is_first():
+        files += keep_skilled(run, number)
+    return files
 
 
 def _evaluate_start(run: Run) -> list[Path]:
@@ -143,7 +148,7 @@ def _evaluate_start(run: Run) -> list[Path]:
 
 def _skills(run: Run, number: int) -> list[Path]:
     """What the policy after round `number` (0: the start) can do beside the game, if asked for."""
-    if not run.config.evaluate.skills:
+    if not run.config.evaluate.skills or not processes.is_first():
         return []
     workdir = run.workdir
     run.metrics.rewind("evaluate_skills", number, -1)
@@ -199,7 +204,8 @@ def _evaluate_round(run: Run, number: int) -> list[Path]:
     _log(run, number, "consolidated", run.config.consolidate.steps, result)
     final = {f"final/{name}": result[name] for name in ("pass_rate", "response_tokens")}
     run.metrics.settings(leaves(as_json(run.config)), final, step=number)
-    run.metrics.image("pass_rate", number, report.figure(workdir), "figures")
+    if processes.is_first():
+        run.metrics.image("pass_rate", number, report.figure(workdir), "figures")
     return files + [samples_of(file) for file in files] + _skills(run, number)
 
 
@@ -208,12 +214,12 @@ def _inside(run: Run, number: int) -> list[Path]:
     files = []
     for step in run.config.evaluate.steps:
         directory = run.workdir.policy_at(number, step)
-        if not directory.exists():  # a guard stopped the round before
+        if not processes.from_first(directory.exists()):  # a guard stopped the round before
             continue
         files.append(run.workdir.evaluation(number, f"step_{step:03d}"))
         result = evaluate(
             run,
-            run.load(directory),
+            run.player(run.load(directory)),
             files[-1],
             round_number=number,
             name=f"step_{step}",
@@ -264,6 +270,8 @@ def _summary(run: Run) -> None:
 
     report.html shows the same and more.
     """
+    if not processes.is_first():
+        return
     workdir = run.workdir
     rounds = []
     for number in range(1, run.config.rounds + 1):

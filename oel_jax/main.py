@@ -1,11 +1,18 @@
 """Run OEL: `python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano`.
 
 Single fields are overridden with `--config.rounds=2`; `--stages=deploy,extract` limits what is
-done. The same command goes on where the last one stopped.
+done. The same command goes on where the last one stopped. On several hosts each runs this command
+with a workdir that all of them see (launch/README.md).
+
+Exit status: 0 finished; 2 a mistake that can be mended; 75 saved and stopped before the machine is
+taken away: run the same command again; 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +20,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from oel_jax import preemption
 from oel_jax.errors import UserError
 from oel_jax.workdir import STAGES
 
@@ -23,6 +31,9 @@ flags.DEFINE_list("stages", list(STAGES), "Stages to do, in any subset.")
 flags.DEFINE_bool(
     "allow_config_change", False, "Go on in an old workdir although the config has changed."
 )
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes.")
+flags.DEFINE_integer("processes", None, "Number of processes.")
+flags.DEFINE_integer("process_id", None, "This process, from 0.")
 
 
 def run(
@@ -48,26 +59,72 @@ def run(
 
     from oel_jax.experience import check_other_run
     from oel_jax.loop import learn
-    from oel_jax.metrics import Metrics
-    from oel_jax.parallel.mesh import make_mesh
+    from oel_jax.metrics import Metrics, NoMetrics
+    from oel_jax.parallel import processes
+    from oel_jax.parallel.mesh import host_mesh, make_mesh
     from oel_jax.run import Run, check_model, keep_compiled, start_directory
     from oel_jax.skills import check_skills
     from oel_jax.workdir import Workdir
 
     keep_compiled(config.compilation_cache)
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tp)
+    processes.check_equal(as_json(config))
     # Before the workdir exists: it would remember a config that cannot run.
     check_model(config, start_directory(config), mesh)
     check_other_run(config)
     check_skills(config)
-    with Workdir(workdir).open(as_json(config), allow_change=allow_config_change) as opened:
+    first, plain = processes.is_first(), as_json(config)
+    opened = Workdir(workdir)
+    with opened.open(plain, allow_change=allow_config_change) if first else nullcontext():
         for remark in remarks:
             print(f"note: {remark}")
         devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s)"
-        print(f"oel_jax: {devices}, config {name}, workdir {opened.root}")
-        with Metrics(opened, config.log.tensorboard) as metrics:
-            learn(Run(config, opened, metrics, mesh), stages)
+        hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
+        print(f"oel_jax: {devices}{hosts}, config {name}, workdir {opened.root}")
+        processes.wait("workdir is open")
+        with Metrics(opened, config.log.tensorboard) if first else NoMetrics() as metrics:
+            learn(Run(config, opened, metrics, mesh, host_mesh(mesh)), stages)
         print(f"\nfiles: {opened.root}   curves: tensorboard --logdir {opened.root.parent}")
+
+
+def _run_together() -> None:
+    """Meet the other processes, if there are any; run; stop with them."""
+    from oel_jax.parallel import processes
+
+    f = _FLAGS
+    processes.join(processes.find_cluster(f.coordinator, f.processes, f.process_id))
+    preemption.listen()
+    processes.quiet()
+    others = processes.StopTogether(Path(f.workdir))
+    try:
+        run(
+            f.config,
+            f.workdir,
+            [stage.strip() for stage in f.stages if stage.strip()],
+            name=Path(f["config"].config_filename).name,
+            allow_config_change=f.allow_config_change,
+        )
+    except BaseException as error:
+        message, status = _last_words(error)
+        others.tell(message, status)
+        if processes.count() > 1:
+            print(message, file=sys.stderr, flush=True)
+            os._exit(status)  # JAX's own end would wait for processes that are gone
+        raise
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """What to say about the end of a run, and its exit status."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, preemption.Preempted):
+        return (
+            "stopped by a preemption notice; all work is saved: run the same command again",
+            preemption.STATUS,
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped. Finished work is kept; the same command goes on from here.", 130
+    return "".join(traceback.format_exception(error)), 1
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
@@ -121,21 +178,13 @@ def main(_: list[str]) -> None:
                 "give --config=FILE and --workdir=DIR, for example\n"
                 "  python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano"
             )
-        run(
-            _FLAGS.config,
-            _FLAGS.workdir,
-            [stage.strip() for stage in _FLAGS.stages if stage.strip()],
-            name=Path(_FLAGS["config"].config_filename).name,
-            allow_config_change=_FLAGS.allow_config_change,
-        )
+        _run_together()
     except UserError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print(
-            "\nstopped. Finished work is kept; the same command goes on from here.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    except (KeyboardInterrupt, preemption.Preempted) as error:
+        message, status = _last_words(error)
+        print(f"\n{message}", file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,21 @@ class Metrics:
         self.close()
 
 
+class NoMetrics:
+    """In the place of `Metrics` on processes that write nothing."""
+
+    def scalars(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+    text = histogram = bars = image = settings = rewind = scalars
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """All rows of a `metrics.jsonl`; half a line at the end (a kill) is ignored.
 

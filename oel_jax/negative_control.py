@@ -98,11 +98,11 @@ def pick_support(config: Any) -> Callable:
     return foreign_top_k if config.negative_control == "foreign_top_k" else vocabulary.top_k
 
 
-def foreign_top_k(logits: Any, k: int, axis: str | None) -> tuple[Any, Any]:
+def foreign_top_k(logits: Any, k: int) -> tuple[Any, Any]:
     """As `vocabulary.top_k`, but of ids moved by half the vocabulary, as if another model's."""
     from oel_jax.parallel import vocabulary
 
-    _, ids = vocabulary.top_k(logits, k, axis)
-    size = vocabulary.total(logits.shape[-1], axis)
+    _, ids = vocabulary.top_k(logits, k)
+    size = logits.shape[-1]
     ids = (ids + size // 2) % size
-    return vocabulary.take(logits, ids, axis), ids
+    return vocabulary.take(logits, ids), ids

@@ -10,7 +10,6 @@ not those whose prefixes are trained on. (A game with as few boards as Frozen La
 All games on a board share their random keys, so that texts are compared under the same chances.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ from typing import Any
 import numpy as np
 
 from oel_jax import games
-from oel_jax.config import play_budget
-from oel_jax.deploy import Job, Played, in_order, play, recover, shared_beginning
+from oel_jax.deploy import Job, Played, forget_records, play_recorded
 from oel_jax.errors import UserError
 from oel_jax.experience import empty_on_purpose, texts_of_round
 from oel_jax.lm.language_model import LanguageModel
-from oel_jax.lm.prefix import SHARED_FROM
 from oel_jax.metrics import table
+from oel_jax.parallel import processes
 from oel_jax.run import Run, sampling
 from oel_jax.statistics import board_clustered_interval, paired_difference
-from oel_jax.workdir import read_json, write_json
+from oel_jax.workdir import write_json
 
 
 def preflight(run: Run, round_number: int) -> list[Path]:
@@ -41,15 +39,18 @@ def preflight(run: Run, round_number: int) -> list[Path]:
       UserError: all texts are empty although the config wants knowledge.
     """
     file = run.workdir.preflight(round_number)
-    if not file.exists():
+    if processes.from_first(file.exists()):
+        result = run.read_json(file)
+    else:
         model = run.policy(round_number)
         texts = texts_of_round(run, round_number, model)
         log = file.with_suffix(".games.jsonl")
         contexts = list(dict.fromkeys(["", *texts]))  # an equal text would play the same games
         records = _games(run, round_number, model, contexts, log)
-        write_json(file, _summarise(run, round_number, texts, contexts, records))
-        log.unlink(missing_ok=True)
-    result = read_json(file)
+        result = _summarise(run, round_number, texts, contexts, records)
+        if processes.is_first():
+            write_json(file, result)
+        forget_records(log)
     _log(run, round_number, result)
     print(_table(round_number, result))
     return [file]
@@ -67,14 +68,14 @@ def heed(run: Run, round_number: int) -> None:
     config = run.config.preflight
     if not config.games or empty_on_purpose(run.config):
         return
-    if not run.workdir.finished(round_number, "preflight"):
+    if not run.finished(round_number, "preflight"):
         if config.on_harm == "stop":
             raise UserError(
                 f"round {round_number}: consolidate needs preflight first, since "
                 "config.preflight.on_harm='stop'; add it to --stages and run the same command again"
             )
         return
-    result = read_json(run.workdir.preflight(round_number))
+    result = run.read_json(run.workdir.preflight(round_number))
     gain, (low, high), least = result["gain"], result["ci95"], config.least_gain
     if gain > least:
         return
@@ -119,29 +120,9 @@ def _games(
         for column, seed in enumerate(seeds)
         for index in range(first, min(first + lanes, len(contexts)))
     ]
-    records = recover(log, jobs, _fits)
-    left = jobs[len(records) :]
     label = f"round {round_number} preflight"
-    with run.progress(len(jobs), "games", label, done=len(records)) as progress:
-        if left:
-            prompt, response = play_budget(config, False)
-            prefixes = {text: shared_beginning(run, model, text) for text in contexts}
-            sampler = run.sampler(
-                model,
-                sampling(config.evaluate),
-                # room for a text that is too short to be shared, and for merges at its ends
-                prompt=prompt + (SHARED_FROM + 16 if any(contexts) else 0),
-                response=response,
-                slots=slots,
-                prefixes=prefixes.values(),
-            )
-            played = play(run, model, sampler, left, slots, progress, prefixes)
-            with log.open("a", encoding="utf-8") as out:
-                for game in in_order(played, left):
-                    records.append(_record(game))
-                    out.write(json.dumps(records[-1]) + "\n")
-                    out.flush()
-    return records
+    how = sampling(config.evaluate)
+    return play_recorded(run, model, jobs, log, label, how, slots, _fits, _record)
 
 
 def _record(played: Played) -> dict[str, Any]:

@@ -14,14 +14,15 @@ import numpy as np
 
 from oel_jax import prompts
 from oel_jax.distill.packing import Sample
-from oel_jax.distill.step import cast
 from oel_jax.distill.teacher import Teacher
 from oel_jax.errors import UserError
 from oel_jax.experience import drawn_texts, own_contexts
-from oel_jax.lm.language_model import DTYPES, LanguageModel
+from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, shared_start
-from oel_jax.lm.requests import Request
+from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.sampler import Sampler
+from oel_jax.parallel import processes
+from oel_jax.parallel.mesh import on_host
 from oel_jax.run import Run
 from oel_jax.trajectories import Prefix, prefixes, read
 
@@ -36,7 +37,7 @@ def on_policy(
     run: Run,
     round_number: int,
     number: int,
-    params: Any,
+    weights: Any,
     teacher: Teacher,
     head: tuple[int, ...],
     sampler: Sampler,
@@ -44,7 +45,7 @@ def on_policy(
     """The student's answers to all prefixes of step `number`; and how many stopped by themselves.
 
     Args:
-      params: the student's float32 masters.
+      weights: the student's, in the compute dtype.
       head: `header` of the first step's prefixes.
     """
     settings = run.config.consolidate
@@ -63,12 +64,9 @@ def on_policy(
         )
         for index, prefix in enumerate(batch)
     ]
-    # The sampler reads the trainer's own arrays; in bfloat16, one cast of them.
-    weights = params
-    if run.config.model.dtype != "float32":
-        weights = cast(params, DTYPES[run.config.model.dtype])
+    weights = run.played_with(on_host(weights, run.mesh, run.host))
     sampler.forget()  # the weights have changed
-    answers = sampler.generate(weights, requests)
+    answers = _all_answers(sampler.generate(weights, processes.share(requests)))
     drawn = drawn_texts(round_number, number, len(batch), len(teacher.texts))
     own = own_contexts(run, games, teacher.model.tokenizer)
     samples = []
@@ -80,6 +78,17 @@ def on_policy(
             )
         )
     return samples, sum(answer.stopped for answer in answers)
+
+
+def _all_answers(mine: Sequence[Completion]) -> list[Completion]:
+    """The answers of all processes, in the order of all requests."""
+    if processes.count() == 1:
+        return list(mine)
+    said = processes.exchange([[c.ids, c.log_probs.tolist(), c.stopped] for c in mine])
+    return [
+        Completion(None, ids, np.array(log_probs, np.float32), stopped)
+        for ids, log_probs, stopped in processes.together(said)
+    ]
 
 
 def demonstrated(

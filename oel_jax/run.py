@@ -1,24 +1,28 @@
 """What every stage of a run shares: config, files, metrics, devices, and how to load a policy."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_collections
 import numpy as np
 
-from oel_jax.config import validate_against_model
+from oel_jax.config_fit import validate_against_model
+from oel_jax.distill.offload import check_offload
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import DTYPES, LanguageModel, bundled, load_model
+from oel_jax.lm.model import Params
 from oel_jax.lm.requests import request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import Metrics, Progress
-from oel_jax.workdir import Workdir
+from oel_jax.parallel import processes
+from oel_jax.parallel.mesh import whole
+from oel_jax.workdir import Workdir, read_json
 
 LANES = 4  # knowledge texts that are played with at the same time, at most
 
@@ -41,7 +45,8 @@ class Run:
       config: validated; see `oel_jax.config.default` for every field.
       workdir: names of all files, record of finished stages.
       metrics: TensorBoard and metrics.jsonl.
-      mesh: axes ('fsdp', 'tp').
+      mesh: axes ('fsdp', 'tp'), over the devices of all processes.
+      host: the part of it that lies in this process, where games are played and texts written.
       shelf: in a study, where runs find stages that another run has finished with equal inputs.
     """
 
@@ -49,7 +54,11 @@ class Run:
     workdir: Workdir
     metrics: Metrics
     mesh: jax.sharding.Mesh
+    host: jax.sharding.Mesh | None = None
     shelf: Shelf | None = None
+
+    def __post_init__(self) -> None:
+        self.host = self.host or self.mesh
 
     def policy_directory(self, round_number: int) -> Path:
         """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
@@ -57,18 +66,50 @@ class Run:
             return start_directory(self.config)
         return self.workdir.policy(round_number - 1)
 
-    def load(self, directory: Path, dtype: str | None = None) -> LanguageModel:
-        """Load a model in the compute dtype (or another) and check the config against it."""
-        check_model(self.config, directory, self.mesh)
-        return load_model(directory, dtype=dtype or self.config.model.dtype, mesh=self.mesh)
+    def load(
+        self, directory: Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+    ) -> LanguageModel:
+        """Load a model and check the config against it.
 
-    def policy(self, round_number: int) -> LanguageModel:
-        """P_r in the compute dtype."""
-        return self.load(self.policy_directory(round_number))
+        Args:
+          dtype: of the weights; the compute dtype if not given.
+          mesh: where they live; this process's own devices if not given.
+        """
+        check_model(self.config, directory, self.mesh)
+        dtype = dtype or self.config.model.dtype
+        return load_model(directory, dtype=dtype, mesh=mesh or self.host)
+
+    def policy(self, round_number: int, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+        """P_r in the compute dtype, on another mesh, or on this process's devices to play with."""
+        model = self.load(self.policy_directory(round_number), mesh=mesh)
+        return model if mesh else self.player(model)
+
+    def player(self, model: LanguageModel) -> LanguageModel:
+        """A model of this process's devices as the sampler is to read it."""
+        return replace(model, params=self.played_with(model.params))
+
+    def played_with(self, params: Params) -> Params:
+        """Weights as the sampler is to read them (`sampler.weights`).
+
+        The vocabulary matrices stay split: only a slice of them is ever needed on a device.
+        """
+        if self.config.sampler.weights == "split":
+            return params
+        return params | {"layers": whole(params["layers"])}
+
+    def read_json(self, path: Path) -> Any:
+        """A JSON file that another process may just have written; the same on all processes."""
+        return processes.from_first(read_json(path) if processes.is_first() else None)
+
+    def finished(self, round_number: int, stage: str) -> bool:
+        """Whether a stage is recorded as finished, the same answer on all processes."""
+        return processes.from_first(
+            processes.is_first() and self.workdir.finished(round_number, stage)
+        )
 
     def slots(self, wanted: int = 0) -> int:
         """Slots of a sampler: the config's, or as few as `wanted` needs on this mesh."""
-        fsdp, most = self.mesh.shape["fsdp"], self.config.sampler.slots
+        fsdp, most = self.host.shape["fsdp"], self.config.sampler.slots
         return min(most, -(-wanted // fsdp) * fsdp) if wanted else most
 
     def lanes(self, texts: int, slots: int) -> int:
@@ -77,7 +118,7 @@ class Run:
         With several, slots that one text no longer needs do not stand still until all its games
         have ended; with many, each is read for few slots.
         """
-        each = slots // self.mesh.shape["fsdp"]
+        each = slots // self.host.shape["fsdp"]
         return max(m for m in range(1, LANES + 1) if m == 1 or (m <= texts and each % m == 0))
 
     def sampler(
@@ -104,7 +145,7 @@ class Run:
         rows = min(s.prefill_rows, slots)
         return Sampler(
             model.cfg,
-            self.mesh,
+            self.host,
             slots=slots,
             max_len=s.max_len or prompt + response,
             max_new=response,
@@ -169,7 +210,8 @@ def check_model(
     """
     cfg = ModelConfig.from_directory(directory)
     tokens = load_tokenizer(directory).vocab_size
-    validate_against_model(config, cfg, tokens, mesh.devices.size)
+    check_offload(config.consolidate, mesh)
+    validate_against_model(config, cfg, tokens, mesh.devices.size, processes.count())
 
 
 def sampling(section: ml_collections.ConfigDict) -> Sampling:

@@ -180,7 +180,7 @@ def _run_one(one: Planned, shelf: Any, devices: Sequence[Any] | None) -> None:
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
     with Workdir(one.workdir).open(as_json(config)) as workdir:
         with Metrics(workdir, config.log.tensorboard) as metrics:
-            learn(Run(config, workdir, metrics, mesh, shelf), one.variant.stages)
+            learn(Run(config, workdir, metrics, mesh, shelf=shelf), one.variant.stages)
 
 
 def _drop_compiled() -> None:
@@ -203,7 +203,7 @@ def _seeds(text: str) -> list[int]:
         raise UserError(f"--seeds={text}: give integers such as --seeds=1,2,3") from None
 
 
-def _changes(arguments: Sequence[str]) -> dict[str, Any]:
+def config_changes(arguments: Sequence[str]) -> dict[str, Any]:
     """'--config.rounds=2' and the like; a value that is no Python literal is a text."""
     changes: dict[str, Any] = {}
     for argument in arguments:
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="1 if an expectation did not hold")
     given, rest = parser.parse_known_args(arguments)
     try:
-        study = load(given.study, _seeds(given.seeds), _changes(rest))
+        study = load(given.study, _seeds(given.seeds), config_changes(rest))
         print(study.about.partition("\n")[0])
         finished, held = run(study, given.workdir)
     except UserError as error:

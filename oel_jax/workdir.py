@@ -8,8 +8,9 @@
         demonstrate/  step_001.jsonl .. (played with knowledge; off-policy baselines only)
         knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
         preflight.json  what each text gains in context, measured before consolidation
-        consolidate/  Orbax checkpoints inside the round
+        consolidate/  Orbax checkpoints inside the round; gone when it is consolidated
         policy/       the model handed to the next round, as a Hugging Face directory
+        adapter/      with LoRA: what the policy was made by, for PEFT; belongs to its start
         policy_step_005/ ..   the same after these optimizer steps, if `evaluate.steps` asks
         evaluate/     consolidated.json, in_context.json, ..., and *.samples.json: some games
       evaluate/start.json   the starting model
@@ -27,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -62,11 +64,14 @@ FREE_FIELDS = {
     "sampler.prefill_rows": "speed only",
     "sampler.prefill_chunk": "memory against speed",
     "sampler.overlap": "speed only",
+    "sampler.weights": "memory against speed",
     "model.attention_block": "memory against speed",
     "preflight.on_harm": "what follows from the pre-flight; the warning says how to go on",
     "preflight.least_gain": "compared with what was measured, whenever consolidation is due",
     "consolidate.save_every": "how often a checkpoint is written",
+    "consolidate.save_minutes": "how often a checkpoint is written",
     "consolidate.remat": "memory against speed",
+    "consolidate.offload": "memory against speed",
     "loss.chunk": "memory against speed",
     "compilation_cache": "where compiled programs are kept",
     "profile": "what is traced beside the run",
@@ -270,6 +275,14 @@ class Workdir:
     def checkpoints(self, round_number: int) -> Path:
         """Orbax checkpoints inside the round (absolute, as Orbax wants it)."""
         return (self.round(round_number) / "consolidate").absolute()
+
+    def drop_checkpoints(self, round_number: int) -> None:
+        """Delete the checkpoints of a round that is consolidated: nothing goes on from them."""
+        shutil.rmtree(self.checkpoints(round_number), ignore_errors=True)
+
+    def adapter(self, round_number: int) -> Path:
+        """PEFT directory of the adapter that round `round_number` trained, if it did."""
+        return self.round(round_number) / "adapter"
 
     def policy(self, round_number: int) -> Path:
         """Hugging Face directory of the model that round `round_number` produced."""

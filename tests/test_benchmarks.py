@@ -2,20 +2,17 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import pytest
+import tiny_run
 from tiny_run import FIELDS
 
-from benchmarks import compile as compile_ahead
-from benchmarks import consolidate, loop, readme, sampler, side_by_side, topk_kl
-from benchmarks.models import SHAPES, hf_config
+from benchmarks import consolidate, loop, plan_table, readme, sampler, side_by_side, topk_kl
+from benchmarks.models import SHAPES
 from benchmarks.side_by_side import Bar
 from oel_jax import nano
 from oel_jax.errors import UserError
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.model import abstract_params
-from oel_jax.parallel.mesh import make_mesh
+from oel_jax.planner.shapes import KNOWN
+from oel_jax.planner.targets import Device, Target
 
 
 def run(monkeypatch, main, *words):
@@ -106,36 +103,44 @@ def test_a_missed_bar_is_said_and_checked(tmp_path, capsys, monkeypatch):
     assert "speed: 1.90 (bar >= 2): MISSED" in out and "time: 1.90 (bar <= 2): met" in out
 
 
-def test_a_target_that_does_not_exist(monkeypatch):
-    # With libtpu because there is no such topology, without because there is no libtpu.
-    with pytest.raises(UserError, match=r"--target=v99:2x2: no such topology, or libtpu is not"):
-        run(monkeypatch, compile_ahead.main, "--target=v99:2x2")
-
-
-def test_programs_compiled_ahead(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def toy_plans(monkeypatch):
+    """The table's cells with a toy model, few programs and small shapes."""
+    config = tiny_run.tiny_config(mesh__fsdp=-1, sampler__max_len=0)
     monkeypatch.setattr(
-        compile_ahead, "target_mesh", lambda target, tp: make_mesh(4, 2, jax.devices()[:8])
+        plan_table, "load_config", lambda file: config.copy_and_resolve_references()
     )
-    monkeypatch.setitem(SHAPES, "25m", (64, 2, 4, 2, 16, 96, 512, True))
-    words = ["--model=25m", "--target=toy", "--tp=2", "--slots=8", "--context=64", "--tokens=64"]
-    words += ["--knowledge=32", "--prefill=16", "--response=16", f"--out={tmp_path}"]
-    assert run(monkeypatch, compile_ahead.main, *words) == 0
-    record = json.loads(next(tmp_path.glob("compile_25m_toy_2_*.json")).read_text())
-    programs = ["prefill", "decode", "consolidation micro-batch", "AdamW update"]
-    assert list(record["programs"]) == programs
-    assert all(one["compile_seconds"] > 0 for one in record["programs"].values())
+    monkeypatch.setitem(KNOWN, "toy/toy", (64, 2, 8, 4, 16, 96, 512, True))
+    monkeypatch.setattr(plan_table, "COMPILED", ("update",))
+
+
+def test_a_table_of_plans(monkeypatch, tmp_path, capsys, toy_plans):
+    words = ["--models=toy/toy", "--targets=cpu:8", f"--out={tmp_path}"]
+    assert run(monkeypatch, plan_table.main, *words) == 0
+    file = tmp_path / "plan_toy_cpu_8.json"
+    record = json.loads(file.read_text())
+    assert record["fits"] and record["step_seconds"] > 0 and record["date"]
+    assert list(n for n, one in record["programs"].items() if "compiled" in one) == ["update"]
     # Parameters, two moments and gradients in float32 over the 8 devices.
-    cfg = ModelConfig.from_directory(write_config(tmp_path / "config"))
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg, jnp.float32)))
-    held = record["programs"]["AdamW update"]["argument_bytes"]
-    assert 4 * 4 * count / 8 <= held <= 4 * 4 * count / 8 * 1.2
-    assert "| 25m, toy, tp 2 | decode |" in readme.table(tmp_path)
+    held = record["programs"]["update"]["compiled"]["arguments"]
+    whole = 4 * 4 * record["parameters"] / 8
+    assert whole <= held <= whole * 1.2
+    assert "| toy, cpu:8 | " in readme.table(tmp_path) and " | yes | " in readme.table(tmp_path)
+    made = file.stat().st_mtime_ns
+    run(monkeypatch, plan_table.main, *words)  # what is there is not made again
+    assert file.stat().st_mtime_ns == made
+    run(monkeypatch, plan_table.main, *words, "--again")
+    assert file.stat().st_mtime_ns > made
 
 
-def write_config(directory):
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(hf_config("25m")))
-    return directory
+def test_a_table_with_a_model_that_fits_nowhere(monkeypatch, tmp_path, toy_plans):
+    small = Device("toy", 1000, 1e12, 1e12, 1e12)
+    monkeypatch.setattr(plan_table, "find", lambda text: Target(text, small, 8, 8))
+    words = ["--models=toy/toy", "--targets=toy:8", f"--out={tmp_path}"]
+    assert run(monkeypatch, plan_table.main, *words) == 0
+    assert " | no | " in readme.table(tmp_path) and "not compiled" in readme.table(tmp_path)
+    with pytest.raises(UserError, match="--models: a/b is none of"):
+        run(monkeypatch, plan_table.main, "--models=a/b")
 
 
 def test_ratios_go_repeat_by_repeat():
@@ -144,7 +149,7 @@ def test_ratios_go_repeat_by_repeat():
 
 def test_the_table_in_the_readme_is_what_the_records_say(tmp_path):
     assert readme.replaced(readme.README.read_text(), readme.table()) == readme.README.read_text()
-    record = json.loads(next(side_by_side.RESULTS.glob("*.json")).read_text())
+    record = json.loads(next(side_by_side.RESULTS.glob("loop_*.json")).read_text())
     record["bars"] = [{"name": "a ratio", "value": 1.5, "target": 2, "most": False, "met": False}]
     (tmp_path / "one.json").write_text(json.dumps(record))
     assert "| a ratio | 1.50 (missed) | >= 2 |" in readme.table(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from oel_jax import config as oel_config
 from oel_jax import games, prompts
+from oel_jax.config_fit import validate_against_model
 from oel_jax.config_rules import rules
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
@@ -114,6 +115,11 @@ def test_every_field_is_commented():
         ("consolidate.drop_remainder", True),
         ("consolidate.knowledge_rng", "other"),
         ("consolidate.moments_dtype", "int8"),
+        ("consolidate.teacher_dtype", "float16"),
+        ("consolidate.offload", "moments"),
+        ("lora.rank", 1.5),
+        ("lora.alpha", -1.0),
+        ("lora.targets", "q,x"),
         ("loss.top_k", 0),
         ("loss.temperature", 0.0),
         ("loss.aggregation", "mean"),
@@ -385,14 +391,14 @@ def test_what_does_not_fit_the_model_or_the_devices(fields, devices, message):
         group, _, field = path.rpartition(".")
         config[group][field] = value
     with pytest.raises(UserError, match=message):
-        oel_config.validate_against_model(config, MODEL, 300, devices)
+        validate_against_model(config, MODEL, 300, devices)
 
 
 def test_what_fits_the_model_and_the_devices():
     config = oel_config.default()
-    oel_config.validate_against_model(config, MODEL, 300, 1)
+    validate_against_model(config, MODEL, 300, 1)
     config.mesh.fsdp, config.mesh.tp = -1, 2
-    oel_config.validate_against_model(config, MODEL, 300, 8)
+    validate_against_model(config, MODEL, 300, 8)
 
 
 def test_json_form_has_only_json_types():

@@ -19,13 +19,14 @@ module = importlib.import_module("oel_jax.evaluate")
 def jobs(monkeypatch):
     """All evaluation games that are played."""
     seen = []
-    play = module.play
+    deploy = importlib.import_module("oel_jax.deploy")
+    play = deploy.play
 
     def recording(run, model, sampler, jobs, *rest):
         seen.extend(jobs)
         return play(run, model, sampler, jobs, *rest)
 
-    monkeypatch.setattr(module, "play", recording)
+    monkeypatch.setattr(deploy, "play", recording)
     return seen
 
 

@@ -104,7 +104,7 @@ def test_shared_prefix_equals_concatenation(small):
     cfg, params, tokens = small
     lengths = np.array([16, 16, 9, 0])
     common = tokens[:1, :16]
-    run = jax.jit(lambda *batch: forward(cfg, params, *batch, with_cache=True)[1])
+    run = jax.jit(lambda *batch: forward(cfg, params, *batch, keep=lambda side: side)[1])
     cache = run(*plain_batch(common))
     cache = KeyValues(cache.keys[:, 0], cache.values[:, 0])
     suffix = tokens[:, 16:40]

@@ -9,12 +9,9 @@ import importlib
 import itertools
 import re
 import string
-from functools import partial
 
-import jax
 import numpy as np
 import pytest
-from jax import P
 from tiny_run import contents, copy_of, go, tiny_config
 
 from oel_jax import games, nano, negative_control
@@ -127,10 +124,10 @@ def record_texts(monkeypatch):
             read_by["teacher"] += texts
             super().__init__(model, texts, **how)
 
-        def split(self, text, prompt):
+        def split(self, text, prompt, own=""):
             student = self.model.tokenizer.chat(prompt, thinking=True)
-            read_by["prompts"].append((student, self.prompt(text, prompt)))
-            return super().split(text, prompt)
+            read_by["prompts"].append((student, self.prompt(text, prompt, own)))
+            return super().split(text, prompt, own)
 
     def evaluate(*args, texts=(), **how):
         read_by["evaluation"] += texts
@@ -297,17 +294,9 @@ def test_sokobans_other_game_is_frozen_lake():
     assert negative_control.played_game(config, "deploy") == "sokoban"
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_foreign_ids_are_half_a_vocabulary_away_with_their_own_values(tp):
+def test_foreign_ids_are_half_a_vocabulary_away_with_their_own_values():
     logits = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
-    pick = partial(negative_control.foreign_top_k, k=6)
-    if tp == 1:
-        values, ids = pick(logits, axis=None)
-    else:
-        mesh = jax.make_mesh((tp,), ("tp",), devices=jax.devices()[:tp])
-        split = jax.device_put(logits, jax.NamedSharding(mesh, P(None, "tp")))
-        run = partial(pick, axis="tp")
-        values, ids = jax.shard_map(run, mesh=mesh, out_specs=P(), check_vma=False)(split)
+    values, ids = negative_control.foreign_top_k(logits, 6)
     best = np.argsort(-logits, axis=1)[:, :6]
     np.testing.assert_array_equal(ids, (best + 16) % 32)
     np.testing.assert_array_equal(values, np.take_along_axis(logits, np.asarray(ids), axis=1))

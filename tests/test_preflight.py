@@ -194,7 +194,8 @@ def test_games_of_another_config_are_played_again(flown, tmp_path):
     jobs = [module.Job(1, (), tag=tag) for tag in ((0, 0), (1, 0), (0, 1))]
     log = work / "x.games.jsonl"
     log.write_text('{"context": 0, "column": 0}\n{"context": 0, "column": 1}\n')
-    assert module.recover(log, jobs, module._fits) == [{"context": 0, "column": 0}]
+    recover = importlib.import_module("oel_jax.deploy").recover
+    assert recover(log, jobs, module._fits) == [{"context": 0, "column": 0}]
     assert log.read_text() == '{"context": 0, "column": 0}\n'
 
 
@@ -321,7 +322,7 @@ def test_it_waits_for_the_texts(tmp_path, finished_run):
 def test_a_run_without_experience(finished_run, tmp_path, monkeypatch, capsys):
     """K empty texts: the teacher is the student's start, so the first step has nothing to learn."""
     work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
-    seen, evaluation = [], importlib.import_module("oel_jax.evaluate")
+    seen, evaluation = [], importlib.import_module("oel_jax.deploy")
     play = evaluation.play
 
     def recording(run, model, sampler, jobs, *rest):
@@ -350,7 +351,7 @@ def test_a_run_without_experience(finished_run, tmp_path, monkeypatch, capsys):
     assert flight["games"] == SIZE
     (step,) = [row["values"] for row in rows if row["stage"] == "consolidate"]
     assert abs(step["kl"]) < 1e-5
-    assert len(seen) == 2 * 8  # in context and consolidated
+    assert len(seen) == SIZE + 2 * 8  # pre-flight, in context and consolidated
     assert all(turn.prompt.startswith(HEAD) for game in seen for turn in game.turns)
 
 

@@ -339,7 +339,8 @@ def test_every_evaluation_keeps_its_first_games_and_they_can_be_played_again(fin
 
 def test_an_interrupted_evaluation_keeps_the_same_games(finished_run, tmp_path, monkeypatch):
     expected = read_json(finished_run / "evaluate" / "start.samples.json")["games"]
-    play, seen = evaluation.play, []
+    deploy = importlib.import_module("oel_jax.deploy")
+    play, seen = deploy.play, []
 
     def killed_after_three(*arguments):
         for played in play(*arguments):
@@ -348,14 +349,14 @@ def test_an_interrupted_evaluation_keeps_the_same_games(finished_run, tmp_path, 
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "play", killed_after_three)
+    monkeypatch.setattr(deploy, "play", killed_after_three)
     with pytest.raises(KeyboardInterrupt):
         start_evaluation(tmp_path / "run")
     log = tmp_path / "run" / "evaluate" / "start.games.jsonl"
     kept = [json.loads(line) for line in log.read_text().splitlines()]
     assert any("text" in record for record in kept)
     assert not (tmp_path / "run" / "evaluate" / "start.samples.json").exists()
-    monkeypatch.setattr(evaluation, "play", play)
+    monkeypatch.setattr(deploy, "play", play)
     # A log of an older version has no words: such games are played again.
     shutil.copytree(tmp_path / "run", tmp_path / "old")
     old = [{k: v for k, v in record.items() if k != "text"} for record in kept]

@@ -1,5 +1,8 @@
 """The sampler: cached decoding equals the full forward, slots are independent, draws are right."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from oel_jax.lm.requests import Request, request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling, sample
 from oel_jax.lm.slots import decode
-from oel_jax.parallel.mesh import make_mesh
+from oel_jax.parallel.mesh import make_mesh, whole
 
 LIMIT, STOPS = 290, (5, 7)  # 304 embedding rows; ids from 290 on are taken for padding
 
@@ -104,7 +107,7 @@ def test_answers_do_not_depend_on_the_batch(model, requests, answers):
         np.testing.assert_array_equal(alone.log_probs, answers[index].log_probs)
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("shape", [(2, 2), (4, 2), (8, 1)])
 @pytest.mark.parametrize("how", [Sampling(0.7), Sampling(0.7, 20, 0.8), Sampling(0.0)])
 def test_mesh_equals_one_device(model, requests, shape, how):
     expected = make(model, how=how).generate(model.params, requests[:10])
@@ -112,6 +115,30 @@ def test_mesh_equals_one_device(model, requests, shape, how):
     split = load_model(model.directory, mesh=mesh)
     on_mesh = make(model, mesh, how).generate(split.params, requests[:10])
     assert [a.ids for a in on_mesh] == [a.ids for a in expected]
+
+
+def gathered(sampler, params):
+    """Elements of the largest array that compiled decoding gathers."""
+    how = {"how": sampler.how, "limit": sampler.limit, "stop_ids": sampler.stop_ids}
+    with jax.set_mesh(sampler.mesh):
+        program = decode.lower(sampler.cfg, params, sampler._state, np.int32(4), **how)
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", program.compile().as_text())
+    return max((math.prod(map(int, dims.split(","))) for dims in found if dims), default=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_whole_weights_say_the_same_and_gather_nothing_of_them(model, requests, shape):
+    mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
+    split = load_model(model.directory, mesh=mesh).params
+    both = {"split": split, "whole": split | {"layers": whole(split["layers"])}}
+    samplers = {name: make(model, mesh) for name in both}
+    said = {name: samplers[name].generate(both[name], requests[:10]) for name in both}
+    assert [a.ids for a in said["whole"]] == [a.ids for a in said["split"]]
+    largest = {name: gathered(samplers[name], both[name]) for name in both}
+    slice_of_layer = model.cfg.hidden_size * model.cfg.intermediate_size // shape[1]
+    assert largest["whole"] < slice_of_layer <= largest["split"]
+    for leaf in jax.tree.leaves(both["whole"]["layers"]):
+        assert "fsdp" not in leaf.sharding.spec
 
 
 def test_a_key_is_a_stream_of_its_own(model, requests):

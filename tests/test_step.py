@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from oel_jax.distill.memory import Accumulator, used
+from oel_jax.distill.optimizer import optimizer
 from oel_jax.distill.packing import Sample, fill, plan, sample_weights
 from oel_jax.distill.reference import divergence
-from oel_jax.distill.step import StepConfig, accumulate, optimizer, update, zeros_like
+from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.teacher import Teacher
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.lm.config import ModelConfig
@@ -287,15 +288,27 @@ def test_remat_and_query_blocks_change_nothing(student, teacher, samples, whole,
     close(other[1], whole[1], 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2)])
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (8, 1)])
 def test_eight_devices_equal_one(prompts, whole, shape):
-    """Student, teacher, cached prefixes and loss, all split."""
+    """Student, teacher, cached prefixes and loss, all split: loss, gradients, updated weights."""
     mesh = make_mesh(*shape)
     student, teacher = make_model(0, mesh), make_teacher(mesh)
     samples = make_samples(teacher, prompts)
+    cache = teacher.prefix(0).cache.keys
+    assert device_bytes(cache) == cache.nbytes // 8
     loss, gradients, _ = run(student, teacher, samples, 100_000)
     assert abs(loss - whole[0]) <= 1e-5 * abs(whole[0])
     close(gradients, whole[1], 1e-4)
+    tx = optimizer(settings(learning_rate=5e-6))
+    places = param_shardings(CFG, mesh)
+    after = []
+    with jax.set_mesh(mesh):
+        for found in (gradients, whole[1]):
+            params = jax.tree.map(jnp.copy, student.params)
+            found = jax.device_put(found, places)
+            after.append(update(params, tx.init(params), found, tx=tx, clip_norm=1.0)[0])
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(one)) for one in after), strict=True):
+        assert np.abs(a - b).max() <= 1e-5
 
 
 # --- optimizer ------------------------------------------------------------------------------------

@@ -224,6 +224,7 @@ OTHER = {
     "consolidate.keep_fp32_master": True,
     "consolidate.drop_remainder": 3,
     "consolidate.moments_dtype": "bfloat16",
+    "consolidate.teacher_dtype": "bfloat16",
     "consolidate.mode": "off_policy",
     "consolidate.turn_fraction": 0.5,
     "consolidate.turn_floor": 0.001,
@@ -231,6 +232,9 @@ OTHER = {
     "consolidate.retention_weight": 0.7,
     "consolidate.teacher": "trust_region",
     "consolidate.teacher_rate": 0.3,
+    "lora.rank": 3,
+    "lora.alpha": 7.0,
+    "lora.targets": "q,v",
     "guard.response_tokens": (0.1, 9.0),
     "guard.entropy": (0.1, 9.0),
     "guard.skill_drop": 0.9,
@@ -313,7 +317,7 @@ def _undone(finished_run, tmp_path, config, *places):
     shutil.copytree(finished_run, work)
     for place in places:
         path = work / place
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return opened(work, config, change=True)
 
 
@@ -772,7 +776,7 @@ def test_what_the_command_refuses(finished_study, tmp_path, capsys, one_device):
 def test_fields_of_all_variants_are_set_on_the_command_line(tmp_path):
     file = _file(tmp_path / "tiny.py", "()")
     given = ["--config.rounds=2", "--config.model.path=nano:tiny", "--config.evaluate.curve=(1,2)"]
-    study = load(str(file), [4, 5], command._changes(given))
+    study = load(str(file), [4, 5], command.config_changes(given))
     for one in runs(study, tmp_path):
         assert (one.config.rounds, one.config.model.path) == (2, "nano:tiny")
         assert one.config.evaluate.curve == (1, 2) and one.seed == one.config.seed

@@ -131,7 +131,7 @@ def undo(workdir: Path, *stages: str) -> Path:
     places["consolidate"] = ["consolidate", "policy"]
     for stage in stages:
         for place in places[stage]:
-            shutil.rmtree(workdir / "round_001" / place)
+            shutil.rmtree(workdir / "round_001" / place, ignore_errors=place == "consolidate")
     manifest = read_json(workdir / "manifest.json")
     manifest["stages"] = [
         entry for entry in manifest["stages"] if not entry["round"] or entry["stage"] not in stages

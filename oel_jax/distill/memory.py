@@ -17,7 +17,8 @@ from oel_jax.metrics import table
 
 def used() -> str:
     """The most that was in use so far, as a phrase; not every device tells."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.devices()]
+    devices = jax.local_devices()
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     if all(peaks):
         return f"{max(peaks) / 1e9:.2f} GB in use at most on a device so far"
     unit = 1 if sys.platform == "darwin" else 1024

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from oel_jax.distill.lora import adapted
+from oel_jax.distill.offload import on_device
 from oel_jax.distill.packing import MicroBatch, View
 from oel_jax.distill.topk_kl import KLConfig, TokenStats, fused_topk_kl
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import KeyValues, Params, Prefix, forward, head
-from oel_jax.parallel.mesh import constrain, merge_rows
+from oel_jax.parallel.mesh import merge_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class StepConfig:
       trust: 0 = off; else the teacher's logits are (1 - trust) of the teacher's and trust of the
         student's own with knowledge, as a constant: the log-linear mixture that lies nearest to
         both in reverse KL.
+      lora: 0 = all weights are trained; else alpha / rank: the trained parameters are an adapter of
+        the teacher's weights, see `distill.lora`.
     """
 
     model: ModelConfig
@@ -46,6 +50,7 @@ class StepConfig:
     retention: str = "none"
     retention_weight: float = 0.0
     trust: float = 0.0
+    lora: float = 0.0
 
     @property
     def own_view(self) -> bool:
@@ -76,22 +81,10 @@ class Sums(NamedTuple):
 PLACES = 32  # of a histogram: equal parts of the longest answer
 
 
-def optimizer(section: Any) -> optax.GradientTransformation:
-    """AdamW of a config's `consolidate` section: one group, constant rate, decay on all (8.6)."""
-    return optax.adamw(
-        section.learning_rate,
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        mu_dtype=jnp.dtype(section.moments_dtype),
-    )
-
-
 @partial(jax.jit, static_argnames=("dtype",))
 def cast(params: Params, dtype: Any) -> Params:
-    """The parameters in another dtype, in the same places."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    """The parameters in another dtype, in the same places, but in device memory."""
+    return jax.tree.map(lambda leaf: on_device(leaf).astype(dtype), params)
 
 
 @jax.jit
@@ -135,18 +128,22 @@ def micro_loss(
     `params` gets a gradient.
 
     Args:
+      params: the student's float32 masters, or its adapter where `step.lora`.
       own: the knowledge prefix as the student encodes it, where `step.own_view`; a constant.
     """
-    student = jax.tree.map(lambda leaf: leaf.astype(step.dtype), params)
+    if step.lora:
+        student = adapted(teacher, params, step.lora, step.dtype)
+    else:
+        student = jax.tree.map(lambda leaf: leaf.astype(step.dtype), params)
     stop = jax.lax.stop_gradient
     h_s = _hidden(step, student, batch.student, None, step.remat)
     h_t = stop(_hidden(step, teacher, batch.teacher, cache, "none"))
-    w_s, w_t = (constrain(head(step.model, side), "vocab", None) for side in (student, teacher))
+    w_s, w_t = (head(step.model, side) for side in (student, teacher))
     h_own = _hidden(step, student, batch.teacher, own, step.remat) if step.own_view else None
     h_aim, w_aim = h_t, w_t
-    if step.trust > 0:  # the sum of two logits is one product of what is put side by side
-        h_aim = jnp.concatenate([(1 - step.trust) * h_t, step.trust * stop(h_own)], axis=-1)
-        w_aim = jnp.concatenate([w_t, stop(w_s)], axis=-1)
+    if step.trust > 0:  # a mixture of logits is the sum of those of scaled hidden states
+        h_aim = ((1 - step.trust) * h_t, step.trust * stop(h_own))
+        w_aim = (w_t, stop(w_s))
     sampled, weight = merge_rows(batch.sampled), merge_rows(batch.weight)
     loss, stats = fused_topk_kl(step.kl, h_s, w_s, h_aim, w_aim, sampled, weight)
     kept = jnp.zeros_like(stats.kl)
@@ -188,7 +185,7 @@ def sensitivity(
     """
     with_it = _hidden(step, teacher, batch.teacher, cache, "none")
     without = _hidden(step, teacher, batch.student, None, "none")
-    matrix = constrain(head(step.model, teacher), "vocab", None)
+    matrix = head(step.model, teacher)
     jsd = KLConfig(1, step.kl.temperature, "jsd", "full", chunk=step.kl.chunk)
     sampled, weight = merge_rows(batch.sampled), merge_rows(batch.weight)
     return fused_topk_kl(jsd, without, matrix, with_it, matrix, sampled, weight)[1].kl
@@ -231,18 +228,12 @@ def update(
 ) -> tuple[Params, Any, Update]:
     """One AdamW step with global-norm clipping; a non-finite norm skips it (spec 8.6).
 
-    params: float32 masters; donated, as is the optimizer's state.
+    params: float32 masters; donated, as is the optimizer's state. What of the state lies in host
+    memory is read from there and goes back there.
     """
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
     clipped = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradients)
-    changes, new_state = tx.update(clipped, state, params)
-    stepped = optax.apply_updates(params, changes)
-
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(finite, new, old)
-
-    params = jax.tree.map(keep, stepped, params)
-    state = jax.tree.map(keep, new_state, state)
+    params, state = tx.update(params, clipped, state, finite)
     return params, state, Update(norm, ~finite)

@@ -12,8 +12,10 @@ forms the gradient on the spot and multiplies it back into the hidden states and
 Logits exist for `chunk` tokens at a time and never as [B, T, V]. The student's matrix costs three
 products per chunk (logits, d hidden, d matrix), the teacher's one: the minimum.
 
-The vocabulary stays split over 'tp' and the tokens over 'fsdp'; per chunk only k x tp candidates
-and a few scalars per token cross devices.
+On a mesh the tokens are split over 'fsdp' and the vocabulary over all devices. A chunk takes a few
+tokens of every device; its logits are made in slices of the vocabulary and then exchanged, so that
+each device works on whole rows of a few tokens (`parallel/vocabulary.py`). No matrix is gathered,
+and a device never holds more than its share of a chunk's logits.
 """
 
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from oel_jax.distill.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.distill.divergence import with_gradient
 from oel_jax.parallel import vocabulary as vocab
+from oel_jax.parallel.mesh import all_rows, parts
 
 ABSENT = -1e30  # log-probability of an entry that does not count: exp gives 0 and nothing is NaN
 
@@ -44,8 +47,9 @@ class KLConfig:
         log-probability and needs no support.
       support: whose top-k the loss looks at, one of `choices.SUPPORTS`.
       correction: what becomes of the mass outside, one of `choices.CORRECTIONS`.
-      chunk: tokens whose logits exist at one time; 0 takes 1/64 of the tokens, between 16 and 1024.
-      pick: (logits, top_k, axis) -> (their values, their ids); the exact top-k.
+      chunk: tokens whose logits exist at one time, of all devices together, rounded up to equally
+        many of each; 0 takes 1/64 of the tokens, between 16 and 1024.
+      pick: (logits, top_k) -> (their values, their ids); the exact top-k.
     """
 
     top_k: int = 256
@@ -66,7 +70,7 @@ class KLConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {among}")
 
     def chunk_for(self, tokens: int) -> int:
-        """The chunk size used for this many tokens on one device."""
+        """The chunk size used for this many tokens."""
         if self.chunk:
             return min(self.chunk, tokens)
         size = 16
@@ -86,103 +90,82 @@ class TokenStats(NamedTuple):
 
 
 class _Chunk(NamedTuple):
+    """Tokens of one device: c of them, c / tp where logits are whole rows."""
+
     student: Float[Array, "c D"]
-    teacher: Float[Array, "c D"]
+    teacher: tuple[Float[Array, "c D"], ...]  # their logits are added up
     sampled: Int[Array, " c"]
     weight: Float[Array, " c"]
 
 
-def _logits(hidden: Array, matrix: Array, temperature: float) -> Float[Array, "c V"]:
-    z = jnp.einsum("cd,vd->cv", hidden, matrix, preferred_element_type=jnp.float32)
-    return z / temperature
-
-
-def _entropy(z: Array, lse: Array, axis: str | None) -> Float[Array, " c"]:
+def _entropy(z: Array, lse: Array) -> Float[Array, " c"]:
     log_p = z - lse[:, None]
-    return vocab.total(-(jnp.exp(log_p) * log_p).sum(-1), axis)
+    return -(jnp.exp(log_p) * log_p).sum(-1)
 
 
-def _chunk_values(cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, w_t: Array):
-    """Statistics of a chunk and what its gradient needs: (stats, z, lse, ids, g).
+def _chunk_values(cfg: KLConfig, z: Array, z_t: Array, sampled: Array):
+    """Statistics of whole rows of logits and what their gradient needs: (stats, lse, ids, g).
 
     `ids` is None where the support is the whole vocabulary: g then has a column for each id.
     """
-    z = _logits(chunk.student, w_s, cfg.temperature)
-    lse = vocab.logsumexp(z, axis)
-    z_t = _logits(chunk.teacher, w_t, cfg.temperature)
-    lse_t = vocab.logsumexp(z_t, axis)
-    ids, counts = _support(cfg, axis, z, z_t, chunk.sampled)
+    lse, lse_t = vocab.logsumexp(z), vocab.logsumexp(z_t)
+    ids, counts = _support(cfg, z, z_t, sampled)
     if ids is None:
         log_s, log_t, tails = z - lse[:, None], z_t - lse_t[:, None], None
     else:
-        log_s = jnp.where(counts, vocab.take(z, ids, axis) - lse[:, None], ABSENT)
-        log_t = jnp.where(counts, vocab.take(z_t, ids, axis) - lse_t[:, None], ABSENT)
+        log_s = jnp.where(counts, vocab.take(z, ids) - lse[:, None], ABSENT)
+        log_t = jnp.where(counts, vocab.take(z_t, ids) - lse_t[:, None], ABSENT)
         tails = None
         if cfg.correction == "tail":
-            tails = tuple(_outside(x, at, ids, axis) for x, at in ((z, lse), (z_t, lse_t)))
+            tails = tuple(_outside(x, at, ids) for x, at in ((z, lse), (z_t, lse_t)))
     kl, g = with_gradient(cfg.divergence, cfg.correction, log_s, log_t, tails)
-    mass = jnp.exp(log_s).sum(-1)
-    if ids is None:  # a device has only its part of the sums
-        kl, mass = vocab.total(kl, axis), vocab.total(mass, axis)
     stats = TokenStats(
         kl=kl,
-        mass=mass,
-        student_entropy=_entropy(z, lse, axis),
-        teacher_entropy=_entropy(z_t, lse_t, axis),
-        log_prob=vocab.take(z, chunk.sampled[:, None], axis)[:, 0] - lse,
+        mass=jnp.exp(log_s).sum(-1),
+        student_entropy=_entropy(z, lse),
+        teacher_entropy=_entropy(z_t, lse_t),
+        log_prob=vocab.take(z, sampled[:, None])[:, 0] - lse,
     )
-    return stats, (z, lse, ids, g)
+    return stats, (lse, ids, g)
 
 
-def _support(cfg: KLConfig, axis: str | None, z: Array, z_t: Array, sampled: Array):
+def _support(cfg: KLConfig, z: Array, z_t: Array, sampled: Array):
     """(ids [c, n] or None for all, which of them count [c, n])."""
     if cfg.divergence == "nll":
         return sampled[:, None], jnp.ones(sampled[:, None].shape, bool)
     if cfg.support == "full":
         return None, None
     if cfg.support == "teacher":
-        ids = cfg.pick(z_t, cfg.top_k, axis)[1]
+        ids = cfg.pick(z_t, cfg.top_k)[1]
         return ids, jnp.ones(ids.shape, bool)
-    ids = cfg.pick(z, cfg.top_k, axis)[1]
+    ids = cfg.pick(z, cfg.top_k)[1]
     counts = jnp.ones(ids.shape, bool)
     if cfg.support == "student":
         return ids, counts
-    more = cfg.pick(z_t, cfg.top_k, axis)[1]
-    again = vocab.take(_marked(z, ids, axis, 0.0, 1.0), more, axis) > 0  # the student's too
+    more = cfg.pick(z_t, cfg.top_k)[1]
+    again = vocab.take(_marked(z, ids, 0.0, 1.0), more) > 0  # the student's too
     return jnp.concatenate([ids, more], 1), jnp.concatenate([counts, ~again], 1)
 
 
-def _marked(z: Array, ids: Array, axis: str | None, rest: float | Array, mark: float) -> Array:
+def _marked(z: Array, ids: Array, rest: float | Array, mark: float) -> Array:
     """`rest` in the shape of z with `mark` at the ids."""
-    columns, here = vocab.local_columns(ids, z.shape[-1], axis)
-    # An id of another device goes to a column that does not exist, and is dropped there.
-    columns = jnp.where(here, columns, z.shape[-1])
     rows = jnp.arange(z.shape[0])[:, None]
-    return jnp.broadcast_to(rest, z.shape).at[rows, columns].set(mark, mode="drop")
+    return jnp.broadcast_to(rest, z.shape).at[rows, ids].set(mark)
 
 
-def _outside(z: Array, lse: Array, ids: Array, axis: str | None) -> Float[Array, " c"]:
+def _outside(z: Array, lse: Array, ids: Array) -> Float[Array, " c"]:
     """Log of the mass outside the support, summed there: 1 - inside would lose its digits."""
-    return vocab.logsumexp(_marked(z, ids, axis, z, ABSENT), axis) - lse
+    return vocab.logsumexp(_marked(z, ids, z, ABSENT)) - lse
 
 
-def _chunk_gradient(
-    cfg: KLConfig, axis: str | None, chunk: _Chunk, w_s: Array, parts: tuple, d_matrix: Array
-):
-    """d(weight * kl) for the chunk's hidden states; `d_matrix` plus that for the output matrix."""
-    z, lse, ids, g = parts
-    scale = (chunk.weight / cfg.temperature)[:, None]
-    shift = g.sum(-1) if ids is not None else vocab.total(g.sum(-1), axis)
-    grad = jnp.exp(z - lse[:, None]) * (-shift[:, None] * scale)
+def _logit_gradient(cfg: KLConfig, z: Array, weight: Array, found: tuple) -> Float[Array, "c V"]:
+    """d(weight * kl) / dz of whole rows, before the temperature."""
+    lse, ids, g = found
+    scale = (weight / cfg.temperature)[:, None]
+    grad = jnp.exp(z - lse[:, None]) * (-g.sum(-1)[:, None] * scale)
     if ids is None:
-        grad = grad + g * scale
-    else:
-        columns, here = vocab.local_columns(ids, z.shape[-1], axis)
-        rows = jnp.arange(z.shape[0])[:, None]
-        grad = grad.at[rows, columns].add(jnp.where(here, g * scale, 0.0))
-    grad = grad.astype(chunk.student.dtype)
-    d_hidden = jnp.einsum("cv,vd->cd", grad, w_s, preferred_element_type=jnp.float32)
-    return vocab.total(d_hidden, axis), _add_outer(d_matrix, grad, chunk.student)
+        return grad + g * scale
+    return grad.at[jnp.arange(z.shape[0])[:, None], ids].add(g * scale)
 
 
 def _add_outer(total: Array, grad: Array, hidden: Array, tiles: int = 16) -> Float[Array, "V D"]:
@@ -205,48 +188,60 @@ def _add_outer(total: Array, grad: Array, hidden: Array, tiles: int = 16) -> Flo
     return add(total, whole * size, rest) if rest else total
 
 
-def _local(cfg: KLConfig, axis: str | None, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
-    """One device's share: its tokens, its slice of the vocabulary."""
-    count = h_s.shape[0]
-    size = cfg.chunk_for(count)
-    extra = -count % size
+def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
+    """One device's share: its tokens, its part of the matrices; `size` is the vocabulary."""
+    count, rows = h_s.shape[0], w_s.shape[0]
+    devices, tp = parts("fsdp"), parts("tp")
+    each = -(-cfg.chunk_for(count * devices) // devices)
+    each += -each % tp  # as many whole rows for each device along tp
+    extra = -count % each
 
     def split(x: Array) -> Array:
         padded = jnp.pad(x, ((0, extra),) + ((0, 0),) * (x.ndim - 1))
-        return padded.reshape(-1, size, *x.shape[1:])
+        return padded.reshape(-1, each, *x.shape[1:])
 
-    chunks = _Chunk(split(h_s), split(h_t), split(sampled), split(weight))
+    chunks = jax.tree.map(split, _Chunk(h_s, h_t, sampled, weight))
+    w_s, w_t = jax.tree.map(vocab.spread, (w_s, w_t))
 
     def body(d_matrix, chunk: _Chunk):
-        stats, parts = _chunk_values(cfg, axis, chunk, w_s, w_t)
+        hidden = all_rows(chunk.student)
+        z = vocab.whole_rows(vocab.logits(hidden, w_s), size) / cfg.temperature
+        seen = [vocab.logits(all_rows(h), w) for h, w in zip(chunk.teacher, w_t, strict=True)]
+        z_t = vocab.whole_rows(sum(seen[1:], start=seen[0]), size) / cfg.temperature
+        sampled, weight = vocab.my_rows(chunk.sampled), vocab.my_rows(chunk.weight)
+        stats, found = _chunk_values(cfg, z, z_t, sampled)
+        stats = jax.tree.map(vocab.joined_rows, stats)
         if not with_grad:
             return d_matrix, (stats, None)
-        d_hidden, d_matrix = _chunk_gradient(cfg, axis, chunk, w_s, parts, d_matrix)
-        return d_matrix, (stats, d_hidden.astype(h_s.dtype))
+        grad = vocab.split_rows(_logit_gradient(cfg, z, weight, found).astype(h_s.dtype))
+        d_hidden = jnp.einsum("cv,vd->cd", grad, w_s, preferred_element_type=jnp.float32)
+        d_hidden = vocab.summed_rows(d_hidden).astype(h_s.dtype)
+        return _add_outer(d_matrix, grad, hidden), (stats, d_hidden)
 
     start = jnp.zeros(w_s.shape, jnp.float32) if with_grad else None
     d_matrix, (stats, d_hidden) = jax.lax.scan(body, start, chunks)
     stats = jax.tree.map(lambda x: x.reshape(-1)[:count], stats)
     loss = jnp.sum(stats.kl * weight)
-    if axis is not None:
-        loss = jax.lax.psum(loss, "fsdp")
+    loss = loss if devices == 1 else jax.lax.psum(loss, "fsdp")
     if not with_grad:
         return loss, stats
-    if axis is not None:
-        d_matrix = jax.lax.psum(d_matrix, "fsdp")
-    return loss, stats, d_hidden.reshape(-1, h_s.shape[1])[:count], d_matrix.astype(w_s.dtype)
+    d_hidden = d_hidden.reshape(-1, h_s.shape[1])[:count]
+    return loss, stats, d_hidden, vocab.unspread(d_matrix.astype(w_s.dtype), rows)
 
 
-def _run(cfg: KLConfig, with_grad: bool, *args: Array):
+def _run(cfg: KLConfig, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
     """Call `_local` on the mesh of the context, or directly where none is set."""
+    h_t, w_t = (tuple(jax.tree.leaves(side)) for side in (h_t, w_t))
+    args = (h_s, w_s, h_t, w_t, sampled, weight)
+    run = partial(_local, cfg, w_s.shape[0], with_grad)
     if jax.sharding.get_abstract_mesh().empty:
-        return _local(cfg, None, with_grad, *args)
-    tokens, matrix = P("fsdp", None), P("tp", None)
-    out = (P(), TokenStats(*[P("fsdp")] * 5))
+        return run(*args)
+    tokens, numbers, matrix = P("fsdp", None), P("fsdp"), vocab.AT_REST
+    out = (P(), TokenStats(*[numbers] * 5))
     out += (tokens, matrix) if with_grad else ()
     return jax.shard_map(
-        partial(_local, cfg, "tp", with_grad),
-        in_specs=(tokens, matrix, tokens, matrix, P("fsdp"), P("fsdp")),
+        run,
+        in_specs=(tokens, matrix, tokens, matrix, numbers, numbers),
         out_specs=out,
         check_vma=False,
     )(*args)
@@ -257,8 +252,8 @@ def fused_topk_kl(
     cfg: KLConfig,
     h_s: Float[Array, "M D"],
     w_s: Float[Array, "V D"],
-    h_t: Float[Array, "M D"],
-    w_t: Float[Array, "V D"],
+    h_t: Float[Array, "M D"] | tuple[Float[Array, "M D"], ...],
+    w_t: Float[Array, "V D"] | tuple[Float[Array, "V D"], ...],
     sampled: Int[Array, " M"],
     weight: Float[Array, " M"],
 ) -> tuple[Float[Array, ""], TokenStats]:
@@ -266,10 +261,10 @@ def fused_topk_kl(
 
     Args:
       h_s, w_s: student hidden states and output matrix; the only arguments with a gradient.
-      h_t, w_t: teacher's; constants.
+      h_t, w_t: teacher's; constants. Given several of each, their logits are added up.
       sampled: the response token that follows each position.
       weight: per-token weight (response mask over a denominator); 0 drops a token.
-    On a mesh, tokens are split over 'fsdp' and the matrices over 'tp' (and gathered over 'fsdp').
+    On a mesh, tokens are split over 'fsdp' and the matrices lie as parameters do, ('tp', 'fsdp').
 
     Raises:
       ValueError: top_k exceeds the vocabulary.

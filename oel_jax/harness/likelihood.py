@@ -20,9 +20,9 @@ from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.model import Params, forward, head
 from oel_jax.lm.prefix import padded_length
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import constrain, put_batch
+from oel_jax.parallel.mesh import all_rows, parts, put_batch
 
-_CHUNK = 512  # scored tokens whose logits exist at the same time on a device
+_CHUNK = 512  # scored tokens whose logits exist at the same time, of all devices together
 
 
 @dataclass(frozen=True)
@@ -125,38 +125,42 @@ def _score(
     positions = jnp.cumsum(jnp.ones_like(segments), axis=1) - 1
     hidden = forward(cfg, params, tokens, positions, segments, block=block)
     hidden = jnp.take_along_axis(hidden, columns[:, :, None], axis=1)
-    matrix = constrain(head(cfg, params), "vocab", None)
+    run = partial(_local, cfg.vocab_size)
     if jax.sharding.get_abstract_mesh().empty:
-        return _local(None, hidden, matrix, targets)
+        return run(hidden, head(cfg, params), targets)
     rows = P("fsdp", None)
     return jax.shard_map(
-        partial(_local, "tp"),
-        in_specs=(P("fsdp", None, None), P("tp", None), rows),
+        run,
+        in_specs=(P("fsdp", None, None), vocab.AT_REST, rows),
         out_specs=(rows, rows),
         check_vma=False,
-    )(hidden, matrix, targets)
+    )(hidden, head(cfg, params), targets)
 
 
 def _local(
-    axis: str | None,
+    vocabulary: int,
     hidden: Float[Array, "b C D"],
-    matrix: Float[Array, "v D"],
+    matrix: Float[Array, "v d"],
     targets: Int[Array, "b C"],
 ) -> tuple[Float[Array, "b C"], Bool[Array, "b C"]]:
-    """One device's rows and its slice of the vocabulary."""
-    count = targets.size
-    size = min(_CHUNK, count)
+    """One device's rows and its part of the output matrix."""
+    count, devices = targets.size, parts("fsdp")
+    size = -(-min(_CHUNK, count * devices) // devices)
+    size += -size % parts("tp")
     extra = -count % size
+    matrix = vocab.spread(matrix)
 
     def split(x: Array, width: tuple[int, ...]) -> Array:
         flat = jnp.pad(x.reshape(count, *width), ((0, extra),) + ((0, 0),) * len(width))
         return flat.reshape(-1, size, *width)
 
-    def chunk(parts: tuple[Array, Array]) -> tuple[Array, Array]:
-        h, wanted = parts
-        z = jnp.einsum("nd,vd->nv", h, matrix, preferred_element_type=jnp.float32)
-        picked = vocab.take(z, wanted[:, None], axis)[:, 0]
-        return picked - vocab.logsumexp(z, axis), vocab.argmax(z, axis) == wanted
+    def chunk(tokens: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, wanted = tokens
+        z = vocab.whole_rows(vocab.logits(all_rows(h), matrix), vocabulary)
+        wanted = vocab.my_rows(wanted)
+        picked = vocab.take(z, wanted[:, None])[:, 0]
+        found = (picked - vocab.logsumexp(z), vocab.argmax(z) == wanted)
+        return tuple(vocab.joined_rows(x) for x in found)
 
     values = jax.lax.map(chunk, (split(hidden, hidden.shape[2:]), split(targets, ())))
     log_probs, likeliest = (x.reshape(-1)[:count].reshape(targets.shape) for x in values)

@@ -71,7 +71,7 @@ def attention(
     return _attend(block, q, k, v, segments, *prefix, shared)
 
 
-def _tile(length: int) -> int:
+def key_tile(length: int) -> int:
     """Keys of a tile for so many keys."""
     if length <= _KEYS[0]:
         return max(length, 1)
@@ -126,7 +126,7 @@ def _cut(block: int, q, k, v, segments, keys, values, shared) -> tuple[_Tiles, _
     """Everything in tiles: queries padded to whole ones, keys as well."""
     b, t, n, h = q.shape
     kv = k.shape[1]
-    tiles = _Tiles(min(block, t), _tile(t), _tile(keys.shape[1]))
+    tiles = _Tiles(min(block, t), key_tile(t), key_tile(keys.shape[1]))
     more, extra = -t % tiles.queries, -t % tiles.keys
     q = _queries(tiles, q, kv)
 

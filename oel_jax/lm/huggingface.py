@@ -1,8 +1,8 @@
 """Weights in and out of Hugging Face model directories.
 
 Loading, checking and saving all follow the table of `weight_table`. On loading, every device reads
-just its own slices from memory-mapped files into the stacked `[L, ...]` leaves, one leaf after the
-other, so that beside the arrays themselves the host holds at most one leaf's local slices.
+just its own slices from memory-mapped files into the stacked `[L, ...]` leaves. Devices take turns,
+so that beside the arrays themselves the host holds at most one device's slice of one leaf.
 """
 
 import functools
@@ -23,6 +23,7 @@ from oel_jax.lm.config import ModelConfig, read_json
 from oel_jax.lm.model import param_shardings
 from oel_jax.lm.safetensors_io import SafetensorsFile
 from oel_jax.lm.weight_table import Layout, Weight, weights
+from oel_jax.parallel import processes
 
 # What is copied from the source model on export, and what is wanted from the hub beside weights.
 CARRIED_FILES = (
@@ -78,10 +79,22 @@ def load_params(
     params: dict[str, Any] = {}
     for weight, layout in _table(cfg):
         read = functools.partial(_read_slices, weight, layout, files, dtype)
-        leaf = jax.make_array_from_callback(layout.leaf, _get(shardings, weight.path), read)
-        # The transfer is asynchronous and holds the host's slices; do not let leaves pile up.
-        _set(params, weight.path, jax.block_until_ready(leaf))
+        _set(params, weight.path, _load_leaf(layout.leaf, _get(shardings, weight.path), read))
     return params
+
+
+def _load_leaf(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Callable[[tuple], np.ndarray]
+) -> jax.Array:
+    """One leaf, device after device.
+
+    A transfer is asynchronous and holds the host's slice; waiting keeps them from piling up.
+    """
+    parts = [
+        jax.block_until_ready(jax.device_put(read(index), device))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _read_slices(
@@ -216,7 +229,8 @@ def save_model(
 
     Args:
         directory: must not exist, or be empty.
-        params: parameter tree of `cfg`, any float dtype, wherever it lives on this host.
+        params: parameter tree of `cfg`, any float dtype, wherever it lives. All processes that
+            hold parts of it call this; the first one writes.
         source: the model directory the parameters descend from.
         dtype: bfloat16, float16 or float32.
         shard_bytes: above this, the weights are split into several files with an index.
@@ -227,18 +241,23 @@ def save_model(
     """
     directory, source, dtype = Path(directory), Path(source), _checked_dtype(dtype)
     config = _config_text(source, dtype)
-    with _CompleteOrNothing(directory) as partial:
-        (partial / "config.json").write_text(config, encoding="utf-8")
-        copy_carried_files(source, partial)
-        places = dict(_places(cfg, params))
+    places = dict(_places(cfg, params))
+    shapes = [(name, layout.theirs) for name, (_, _, layout) in places.items()]
 
-        def value(name: str) -> np.ndarray:
-            leaf, layer, layout = places[name]
-            array = jax.device_get(leaf if layer is None else leaf[layer])
-            return layout.to_theirs(np.asarray(array).astype(dtype))
+    def value(name: str) -> np.ndarray:
+        leaf, layer, layout = places[name]
+        array = processes.to_host(leaf if layer is None else leaf[layer])
+        return layout.to_theirs(np.asarray(array).astype(dtype))
 
-        shapes = [(name, layout.theirs) for name, (_, _, layout) in places.items()]
-        _write_weights(partial, shapes, dtype, value, shard_bytes)
+    if processes.is_first():
+        with CompleteOrNothing(directory) as partial:
+            (partial / "config.json").write_text(config, encoding="utf-8")
+            copy_carried_files(source, partial)
+            _write_weights(partial, shapes, dtype, value, shard_bytes)
+    else:  # parts of each tensor lie here
+        for name, _ in shapes:
+            value(name)
+    processes.wait(f"{directory.name} is written")
 
 
 def copy_model(
@@ -259,7 +278,7 @@ def copy_model(
     wanted = None if dtype is None else _checked_dtype(dtype)
     config = source / "config.json"
     text = _config_text(source, wanted) if wanted else config.read_text(encoding="utf-8")
-    with _CompleteOrNothing(directory) as partial:
+    with CompleteOrNothing(directory) as partial:
         (partial / "config.json").write_text(text, encoding="utf-8")
         copy_carried_files(source, partial)
         if wanted:
@@ -291,7 +310,7 @@ def copy_carried_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-class _CompleteOrNothing:
+class CompleteOrNothing:
     """Gives a sibling directory to fill; renames it to `directory` on success, else removes it."""
 
     def __init__(self, directory: Path):

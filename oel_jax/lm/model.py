@@ -23,6 +23,7 @@ from oel_jax.lm.attention import attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.rope import cos_sin, rotate
 from oel_jax.parallel.mesh import constrain, out_spec, shardings
+from oel_jax.parallel.vocabulary import lookup
 
 Params = dict[str, Any]
 
@@ -48,6 +49,19 @@ _BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
     "down": ("mlp", "embed"),
 }
 
+# Weights that a low-rank adapter may change: the letters of their input and output axes. An adapter
+# lies in `layers/lora` as {name: {"a": [L, *input, R], "b": [L, R, *output]}} and stands for
+# W + a b, which is never formed: x W + (x a) b costs R columns and keeps no second W.
+ADAPTABLE: dict[str, tuple[str, str]] = {
+    "q": ("d", "nh"),
+    "k": ("d", "nh"),
+    "v": ("d", "nh"),
+    "o": ("nh", "d"),
+    "gate": ("d", "f"),
+    "up": ("d", "f"),
+    "down": ("f", "d"),
+}
+
 
 class KeyValues(NamedTuple):
     """Keys and values of all layers: [L, B, K, S, H], or [L, K, S, H] for a shared prefix."""
@@ -70,6 +84,28 @@ def rms_norm(
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return scale * wide.astype(x.dtype)
+
+
+def adapter_axes(name: str) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of the two factors of an adapted weight, without the leading layer axis."""
+    axes, inputs = _BLOCK_AXES[name], len(ADAPTABLE[name][0])
+    return {"a": (*axes[:inputs], None), "b": (None, *axes[inputs:])}
+
+
+def low_rank(name: str, out: Array, x: Array, lora: Params) -> Array:
+    """`out` of weight `name` at input `x`, plus what a layer's adapter adds to it, if anything."""
+    if name not in lora:
+        return out
+    into, out_of = ADAPTABLE[name]
+    # As the weights': gathered over 'fsdp' just before use.
+    factors = {
+        side: constrain(lora[name][side], *(None if axis == "embed" else axis for axis in axes))
+        for side, axes in adapter_axes(name).items()
+    }
+    inner = jnp.einsum(
+        f"bt{into},{into}r->btr", x, factors["a"], out_sharding=out_spec("batch", None, None)
+    )
+    return out + jnp.einsum(f"btr,r{out_of}->bt{out_of}", inner, factors["b"])
 
 
 class Block(nnx.Module):
@@ -100,16 +136,19 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rope: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+        lora: Params | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Apply the layer.
 
         `attend(q [B,T,N,H], k [B,K,T,H], v [B,K,T,H])` returns the attention output and whatever
-        the caller wants to keep (updated cache, new keys and values).
+        the caller wants to keep (updated cache, new keys and values). `lora`: the layer's part of
+        an adapter, see `ADAPTABLE`.
         """
+        lora = lora or {}
         y = rms_norm(x, self.attn_norm[...], cfg.rms_norm_eps)
-        q = checkpoint_name(self._project(y, "q", "heads"), "q")
-        k = checkpoint_name(self._project(y, "k", "kv_heads"), "k")
-        v = checkpoint_name(self._project(y, "v", "kv_heads"), "v")
+        q = checkpoint_name(self._project(y, "q", "heads", lora), "q")
+        k = checkpoint_name(self._project(y, "k", "kv_heads", lora), "k")
+        v = checkpoint_name(self._project(y, "v", "kv_heads", lora), "v")
         if cfg.qk_norm:
             q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
@@ -119,18 +158,22 @@ class Block(nnx.Module):
         mixed = jnp.einsum(
             "btnh,nhd->btd", out, constrain(self.o[...], "heads", None, None), out_sharding=rows
         )
+        mixed = low_rank("o", mixed, out, lora)
         x = x + checkpoint_name(mixed, "o")
         y = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
         gate = jnp.einsum("btd,df->btf", y, constrain(self.gate[...], None, "mlp"))
         up = jnp.einsum("btd,df->btf", y, constrain(self.up[...], None, "mlp"))
+        gate, up = low_rank("gate", gate, y, lora), low_rank("up", up, y, lora)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        gated = jax.nn.silu(gate) * up
         down = constrain(self.down[...], "mlp", None)
-        return x + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, down, out_sharding=rows), kept
+        out = jnp.einsum("btf,fd->btd", gated, down, out_sharding=rows)
+        return x + low_rank("down", out, gated, lora), kept
 
-    def _project(self, y: Array, name: str, heads: str) -> Float[Array, "B T heads H"]:
+    def _project(self, y: Array, name: str, heads: str, lora: Params) -> Float[Array, "B T n H"]:
         """A head projection; the 'fsdp' split of the weight is gathered just before use."""
         weight = constrain(getattr(self, name)[...], None, heads, None)
-        out = jnp.einsum("btd,dnh->btnh", y, weight)
+        out = low_rank(name, jnp.einsum("btd,dnh->btnh", y, weight), y, lora)
         bias = getattr(self, f"{name}_bias", None)
         return out if bias is None else out + bias[...]
 
@@ -192,8 +235,7 @@ def head(cfg: ModelConfig, params: Params) -> Float[Array, "V D"]:
 
 def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding table, split over the batch."""
-    table = constrain(params["embed"], "vocab", None)
-    return table.at[tokens].get(out_sharding=out_spec("batch", None, None), mode="clip")
+    return lookup(params["embed"], tokens)
 
 
 def layer_slice(params: Params, index: int | Array) -> Params:
@@ -204,8 +246,9 @@ def layer_slice(params: Params, index: int | Array) -> Params:
 
 
 def run_block(cfg: ModelConfig, weights: Params, x: Array, rope: Any, attend: Callable):
-    """Apply one layer given its slice of the parameters."""
-    return nnx.merge(_block_graph(cfg), weights)(cfg, x, rope, attend)
+    """Apply one layer given its slice of the parameters, with its adapter if it has one."""
+    own = {name: leaf for name, leaf in weights.items() if name != "lora"}
+    return nnx.merge(_block_graph(cfg), own)(cfg, x, rope, attend, weights.get("lora"))
 
 
 def forward(
@@ -218,7 +261,7 @@ def forward(
     prefix: Prefix | None = None,
     remat: str = "none",
     block: int = 256,
-    with_cache: bool = False,
+    keep: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KeyValues]:
     """Hidden states after the final norm, in the dtype of `params`.
 
@@ -230,7 +273,7 @@ def forward(
       prefix: keys and values every row may see before its own (knowledge, encoded once).
       remat: what layers keep for the backward pass, one of `REMAT`.
       block: query block of the attention.
-      with_cache: also return the keys and values of all layers, [L, B, K, T, H].
+      keep: also return, of all layers, what this makes of a layer's keys [B, K, T, H] and values.
     """
     rope = cos_sin(cfg, positions)
 
@@ -240,7 +283,7 @@ def forward(
         def attend(q: Array, k: Array, v: Array):
             known = None if shared is None else (shared.keys, shared.values)
             length = None if shared is None else prefix.length
-            kept = KeyValues(k, v) if with_cache else None
+            kept = None if keep is None else KeyValues(keep(k), keep(v))
             return attention(q, k, v, segments, known, length, block=block), kept
 
         return run_block(cfg, weights, x, rope, attend)
@@ -252,11 +295,15 @@ def forward(
     shared = None if prefix is None else prefix.cache
     x, cache = jax.lax.scan(body, embed(params, tokens), (params["layers"], shared))
     x = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)
-    return (x, cache) if with_cache else x
+    return x if keep is None else (x, cache)
 
 
 def unembed(cfg: ModelConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Float32 logits; the vocabulary stays split over 'tp'."""
+    """Float32 logits of all tokens, for pre-training and for notebooks.
+
+    The vocabulary stays split over 'tp', but the matrix is gathered over 'fsdp'. Sampling and the
+    loss go other ways (`sampling.draw`, `distill.topk_kl`), on which nothing is.
+    """
     lead = [None] * (hidden.ndim - 2)
     return jnp.einsum(
         "...d,vd->...v",

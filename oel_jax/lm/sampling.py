@@ -9,6 +9,7 @@ from jax import P
 from jaxtyping import Array, Float, Int, UInt32
 
 from oel_jax.parallel import vocabulary as vocab
+from oel_jax.parallel.mesh import all_rows, parts
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,21 @@ class Sampling:
     top_p: float = 1.0
 
 
-def _choose(
-    how: Sampling, axis: str | None, z: Array, keys: Array, count: Array
-) -> Int[Array, " B"]:
+def _choose(how: Sampling, z: Array, keys: Array, count: Array) -> Int[Array, " B"]:
     """Draw one id per row from logits `z` that are already divided by the temperature."""
     if how.temperature == 0.0:
-        return vocab.argmax(z, axis)
-    width = z.shape[-1] * (1 if axis is None else jax.lax.axis_size(axis))
+        return vocab.argmax(z)
+    width = z.shape[-1]
 
     def noise(key: Array, index: Array, size: int) -> Array:
         folded = jax.random.fold_in(jax.random.wrap_key_data(key), index)
         return jax.random.gumbel(folded, (size,))
 
     if how.top_k == 0 and how.top_p >= 1.0:
-        gumbel = jax.vmap(partial(noise, size=width))(keys, count)
-        start = vocab.offset(axis, z.shape[-1])
-        return vocab.argmax(
-            z + jax.lax.dynamic_slice_in_dim(gumbel, start, z.shape[-1], axis=1), axis
-        )
+        return vocab.argmax(z + jax.vmap(partial(noise, size=width))(keys, count))
     # A nucleus without top-k needs the whole order; with top-k only k candidates are ever sorted.
     kept = min(how.top_k, width) if how.top_k else width
-    values, ids = vocab.top_k(z, kept, axis)
+    values, ids = vocab.top_k(z, kept)
     if how.top_p < 1.0:
         probs = jax.nn.softmax(values)
         before = jnp.cumsum(probs, axis=-1) - probs
@@ -57,19 +52,6 @@ def _choose(
     return jnp.take_along_axis(ids, picked[:, None], axis=1)[:, 0]
 
 
-def _local(
-    how: Sampling, limit: int, axis: str | None, logits: Array, keys: Array, count: Array
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One device's rows and its slice of the vocabulary."""
-    ids = jnp.arange(logits.shape[-1]) + vocab.offset(axis, logits.shape[-1])
-    z = jnp.where(ids < limit, logits, -jnp.inf)
-    z = z / how.temperature if how.temperature > 0.0 else z
-    token = _choose(how, axis, z, keys, count)
-    columns, here = vocab.local_columns(token[:, None], z.shape[-1], axis)
-    picked = jnp.where(here, jnp.take_along_axis(z, columns, axis=1), 0.0)
-    return token, vocab.total(picked, axis)[:, 0] - vocab.logsumexp(z, axis)
-
-
 def sample(
     how: Sampling,
     limit: int,
@@ -77,11 +59,11 @@ def sample(
     keys: UInt32[Array, "B 2"],
     count: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Sample one token per row.
+    """Sample one token per row, all on one device.
 
     Args:
       limit: ids >= limit (padding rows of the embedding) are never sampled.
-      logits: float32; the vocabulary may be split over 'tp'.
+      logits: float32, whole rows.
       keys: raw key of each row's request; `count`, the number of tokens it has generated, is
         folded in, so the draw depends on nothing else in the batch.
 
@@ -89,12 +71,43 @@ def sample(
       Token ids and their log-probability under softmax(logits / temperature) over ids < limit,
       before top-k and top-p.
     """
+    z = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
+    z = z / how.temperature if how.temperature > 0.0 else z
+    token = _choose(how, z, keys, count)
+    return token, vocab.take(z, token[:, None])[:, 0] - vocab.logsumexp(z)
+
+
+def draw(
+    how: Sampling,
+    limit: int,
+    hidden: Float[Array, "B D"],
+    matrix: Float[Array, "W D"],
+    size: int,
+    keys: UInt32[Array, "B 2"],
+    count: Int[Array, " B"],
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """`sample` from the logits that hidden states make, on the mesh of the context.
+
+    Each device makes the logits of its slice of the vocabulary for all rows, then draws for a few
+    rows with all their logits: the draw is that of one device.
+
+    Args:
+      matrix: the output matrix after `vocabulary.spread_over_all`; `size`, its vocabulary.
+    """
+
+    def local(hidden, matrix, keys, count):
+        rows = hidden.shape[0]
+        more = -rows % parts("tp")  # each device along tp draws for equally many
+        hidden, keys, count = (
+            jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1)) for x in (hidden, keys, count)
+        )
+        z = vocab.whole_rows(vocab.logits(all_rows(hidden), matrix), size)
+        drawn = sample(how, limit, z, vocab.my_rows(keys), vocab.my_rows(count))
+        return jax.tree.map(lambda x: vocab.joined_rows(x)[:rows], drawn)
+
     if jax.sharding.get_abstract_mesh().empty:
-        return _local(how, limit, None, logits, keys, count)
-    rows = P("fsdp")
+        return local(hidden, matrix, keys, count)
+    rows, wide = P("fsdp"), P("fsdp", None)
     return jax.shard_map(
-        partial(_local, how, limit, "tp"),
-        in_specs=(P("fsdp", "tp"), P("fsdp", None), rows),
-        out_specs=(rows, rows),
-        check_vma=False,
-    )(logits, keys, count)
+        local, in_specs=(wide, vocab.SPREAD, wide, rows), out_specs=(rows, rows), check_vma=False
+    )(hidden, matrix, keys, count)

@@ -6,7 +6,8 @@ one or several pieces, behind what the slot already holds); `decode` feeds the l
 logits are made and sampled in one place only.
 
 Slots are split over 'fsdp' and a slot is filled by a row of its own device, so neither call moves
-keys or values between devices. What many slots share (a knowledge text) lies once in the bank.
+a slot's keys or values between devices. What many slots share (a knowledge text) lies once in the
+bank, its positions split over 'fsdp' too (`cached_attention.py` tells how they are read).
 """
 
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from oel_jax.lm.cached_attention import cached_attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.draft import kept, propose
-from oel_jax.lm.model import KeyValues, Params, embed, rms_norm, run_block, unembed
+from oel_jax.lm.model import KeyValues, Params, embed, head, rms_norm, run_block
+from oel_jax.lm.prefix import PREFIX
 from oel_jax.lm.rope import cos_sin
-from oel_jax.lm.sampling import Sampling, sample
-from oel_jax.parallel.mesh import merge_rows, spec, split_rows
+from oel_jax.lm.sampling import Sampling, draw
+from oel_jax.parallel.mesh import all_rows, merge_rows, parts, spec, split_rows
+from oel_jax.parallel.vocabulary import spread_over_all
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +41,7 @@ class SlotState:
       cache: keys and values, [L, B, S, K, H]; columns < `column` are written. Here S stands
         before K, so that one token of one slot is a contiguous piece: otherwise the compiler copies
         the whole cache to write it.
-      bank: the shared prefixes, [L, M, P, K, H]; P may be 0.
+      bank: the shared prefixes, [L, M, P, K, H], P split over 'fsdp'; P may be 0.
       token: the token to be processed next.
       column: its place in the slot's cache.
       shared: how much of the prefix the slot reads.
@@ -98,7 +101,7 @@ class Admission:
 
 
 _CACHE = P(None, "fsdp", None, "tp", None)
-_BANK = P(None, None, None, "tp", None)
+_BANK = spec(None, None, "prefix", "kv_heads", None)
 
 
 def cache_block(length: int) -> int:
@@ -120,7 +123,8 @@ def abstract_state(
 ) -> SlotState:
     """Shapes and shardings of all slots; cache lengths are rounded up to whole blocks."""
     length += -length % cache_block(length)
-    shared += -shared % cache_block(shared)
+    devices = mesh.shape["fsdp"]
+    shared += -shared % (devices * cache_block(-(-shared // devices)))
     heads = (cfg.num_kv_heads, cfg.head_dim)
     rows, wide = spec("batch"), spec("batch", None)
 
@@ -169,13 +173,12 @@ class _Reach:
     shared: Int[Array, " B"]
     group: Int[Array, ""] | None  # None: row b reads prefix b % M
     blocks: Int[Array, ""]
-    shared_blocks: Int[Array, ""]
+    longest: Int[Array, ""]  # of the shared prefixes
 
 
 def _reach(state: SlotState, slot, column, shared, group, busy) -> _Reach:
     """`busy` [B, T]: queries whose result matters; the others do not lengthen the reading."""
     block = cache_block(state.cache.keys.shape[2])
-    common = cache_block(state.bank.keys.shape[2])
     longest = jnp.max(jnp.where(busy, column, 0))
     return _Reach(
         slot=slot,
@@ -183,14 +186,14 @@ def _reach(state: SlotState, slot, column, shared, group, busy) -> _Reach:
         shared=shared,
         group=group,
         blocks=longest // block + 1,
-        shared_blocks=-(-jnp.max(jnp.where(busy[:, 0], shared, 0)) // common),
+        longest=jnp.max(jnp.where(busy[:, 0], shared, 0)),
     )
 
 
-def _write_and_attend(reach_slot, reach_group, layer, q, k, v, cache, bank, rows, blocks):
+def _write_and_attend(reach_slot, reach_group, layer, q, k, v, cache, bank, rows, far):
     """One layer on one device: put new keys and values into the cache, then attend.
 
-    q [B, T, N, H]; k, v [B, K, T, H]; `rows` = (slot, column, shared).
+    q [B, T, N, H]; k, v [B, K, T, H]; `rows` = (slot, column, shared); `far` = (blocks, longest).
     """
     slot, column, shared = rows
     row = (jnp.arange(q.shape[0]) if reach_slot is None else slot)[:, None]
@@ -209,7 +212,8 @@ def _write_and_attend(reach_slot, reach_group, layer, q, k, v, cache, bank, rows
         shared,
         slot=None if reach_slot is None else slot,
         group=reach_group,
-        blocks=blocks,
+        blocks=far[0],
+        longest=far[1],
         block=(cache_block(cache.keys.shape[2]), cache_block(bank.keys.shape[2])),
     )
     return out, updated
@@ -228,9 +232,9 @@ def _through_layers(
     queries, fresh = P("fsdp", None, "tp", None), P("fsdp", "tp", None, None)
     line, caches, banks = P("fsdp"), KeyValues(_CACHE, _CACHE), KeyValues(_BANK, _BANK)
 
-    def local(layer, q, k, v, cache, bank, rows, group, blocks):
+    def local(layer, q, k, v, cache, bank, rows, group, far):
         chosen = None if reach.group is None else group
-        return _write_and_attend(reach.slot, chosen, layer, q, k, v, cache, bank, rows, blocks)
+        return _write_and_attend(reach.slot, chosen, layer, q, k, v, cache, bank, rows, far)
 
     on_devices = _per_device(
         local,
@@ -244,8 +248,8 @@ def _through_layers(
 
         def attend(q: Array, k: Array, v: Array):
             rows = (slot, reach.column, reach.shared)
-            blocks = (reach.blocks, reach.shared_blocks)
-            return on_devices(index, q, k, v, cache, state.bank, rows, group, blocks)
+            far = (reach.blocks, reach.longest)
+            return on_devices(index, q, k, v, cache, state.bank, rows, group, far)
 
         return run_block(cfg, weights, x, rope, attend), None
 
@@ -320,14 +324,23 @@ def copy_slots(
 def put_prefix(state: SlotState, group: Int[Array, ""], prefix: KeyValues) -> SlotState:
     """Put an encoded prefix, [L, K, P', H] with P' <= P, into the bank; `state` is donated."""
 
-    def put(bank, new):
-        new = new.swapaxes(1, 2)[:, None].astype(bank.dtype)
-        return jax.lax.dynamic_update_slice(bank, new, (0, group, 0, 0, 0))
+    def put(bank: Array, new: Array, group: Array) -> Array:
+        def one(layer: Array, bank: Array) -> Array:
+            # Shorter than the bank, a text is cut at other positions: one layer is whole at a time.
+            whole = all_rows(new[layer].swapaxes(0, 1))
+            size = bank.shape[2]
+            first = 0 if parts("fsdp") == 1 else jax.lax.axis_index("fsdp") * size
+            place = first + jnp.arange(size)
+            mine = whole.at[place].get(mode="fill", fill_value=0).astype(bank.dtype)
+            return jax.lax.dynamic_update_slice(bank, mine[None, None], (layer, group, 0, 0, 0))
 
+        return jax.lax.fori_loop(0, new.shape[0], one, bank)
+
+    banks, fresh = (KeyValues(where, where) for where in (_BANK, PREFIX))
     local = _per_device(
-        lambda bank, new, group: jax.tree.map(put, bank, new),
-        (KeyValues(_BANK, _BANK), KeyValues(*[P(None, "tp", None, None)] * 2), P()),
-        KeyValues(_BANK, _BANK),
+        lambda bank, new, group: jax.tree.map(partial(put, group=group), bank, new),
+        (banks, fresh, P()),
+        banks,
     )
     return replace(state, bank=local(state.bank, prefix, group))
 
@@ -354,6 +367,7 @@ def decode(
     never sampled. `state` is donated: its cache is updated in place.
     """
 
+    matrix = spread_over_all(head(cfg, params))  # once, not at every step
     look = _per_device(partial(propose, size=draft), (P("fsdp", None), P("fsdp")), P("fsdp", None))
 
     def body(carry):
@@ -370,7 +384,7 @@ def decode(
         hidden = merge_rows(rms_norm(x, params["final_norm"], cfg.rms_norm_eps))
         keys = merge_rows(jnp.broadcast_to(state.key[:, None], (*tokens.shape, 2)))
         counts = merge_rows(state.count[:, None] + ahead)
-        drawn = sample(how, limit, unembed(cfg, params, hidden), keys, counts)
+        drawn = draw(how, limit, hidden, matrix, cfg.vocab_size, keys, counts)
         sampled, log_prob = (split_rows(x, 1 + draft) for x in drawn)
         taken = jnp.where(busy, kept(guesses, sampled, stop_ids, state.budget - state.count), 0)
         return step + 1, _take(state, cache, sampled, log_prob, taken, guesses, stop_ids)

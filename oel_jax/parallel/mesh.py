@@ -26,6 +26,7 @@ RULES: dict[str | None, str | None] = {
     "heads": "tp",
     "kv_heads": "tp",
     "mlp": "tp",
+    "prefix": "fsdp",  # positions of a knowledge text's keys and values, where they rest
     None: None,  # never split: layers, positions, head_dim, norms
 }
 
@@ -54,6 +55,64 @@ def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None)
     return Mesh(grid, ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Explicit))
 
 
+def host_mesh(mesh: Mesh) -> Mesh:
+    """The part of a mesh that lies in this process: the mesh itself where there is one process.
+
+    Raises:
+      UserError: heads are split over the devices of several processes.
+    """
+    mine, tp = jax.local_devices(), mesh.shape["tp"]
+    if len(mine) == mesh.devices.size:
+        return mesh
+    if len(mine) % tp:
+        raise UserError(
+            f"config.mesh.tp={tp} does not divide the {len(mine)} device(s) of one process: each "
+            f"process samples on its own devices; set it to one of {_divisors(len(mine))}"
+        )
+    return make_mesh(len(mine) // tp, tp, [d for d in mesh.devices.flat if d in mine])
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def on_host(tree: Any, mesh: Mesh, host: Mesh) -> Any:
+    """Arrays split over a mesh of several processes -> the same, whole, on each process's own part.
+
+    Nothing is copied where there is one process.
+    """
+    if mesh is host:
+        return tree
+    hosts = mesh.devices.size // host.devices.size
+    shape = (hosts, *host.devices.shape)
+    kinds = (AxisType.Explicit,) * 3
+    wide = Mesh(mesh.devices.reshape(shape), ("host", "fsdp", "tp"), axis_types=kinds)
+
+    def own(leaf: jax.Array) -> jax.Array:
+        here = leaf.sharding.spec
+        spread = jax.device_put(leaf, NamedSharding(wide, here))
+        parts = [shard.data for shard in spread.addressable_shards]
+        return jax.make_array_from_single_device_arrays(
+            leaf.shape, NamedSharding(host, here), parts
+        )
+
+    return jax.tree.map(own, tree)
+
+
+def whole(tree: Any) -> Any:
+    """Weights that every device of 'fsdp' holds whole; the split over 'tp' stays.
+
+    A sampler that reads them gathers nothing between tokens.
+    """
+
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole_place(leaf.sharding)), tree)
+
+
+def whole_place(place: NamedSharding) -> NamedSharding:
+    """The same placement without the split over 'fsdp'."""
+    return NamedSharding(place.mesh, P(*(a if a != "fsdp" else None for a in place.spec)))
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Move `x` to the layout its logical axes ask for; no-op where no mesh is set.
 
@@ -67,6 +126,17 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 def out_spec(*logical: str | None) -> P | None:
     """`out_sharding=` for einsum and gather; None where no mesh is set."""
     return None if jax.sharding.get_abstract_mesh().empty else spec(*logical)
+
+
+def parts(axis: str) -> int:
+    """Devices along a mesh axis; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def all_rows(x: jax.Array) -> jax.Array:
+    """[r, ...] -> [fsdp * r, ...]: the rows of all devices along 'fsdp'; inside `shard_map`."""
+    return x if parts("fsdp") == 1 else jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
 
 
 def merge_rows(x: jax.Array) -> jax.Array:
@@ -102,6 +172,9 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     """Host arrays [rows, ...] -> device arrays with rows split over 'fsdp'."""
 
     def put(array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, NamedSharding(mesh, spec("batch", *[None] * (array.ndim - 1))))
+        where = NamedSharding(mesh, spec("batch", *[None] * (array.ndim - 1)))
+        if where.is_fully_addressable:
+            return jax.device_put(array, where)
+        return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
 
     return jax.tree.map(put, tree)

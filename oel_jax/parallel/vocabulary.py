@@ -1,32 +1,183 @@
-"""Reductions over a vocabulary that is split over the 'tp' axis.
+"""The vocabulary dimension: its matrices on many devices, and choices among its columns.
 
-These run inside `shard_map`, on the local slice [..., V / tp]; `axis` is 'tp' there and None where
-no mesh is set. Full logits are never gathered: a top-k gathers k candidates per shard, everything
-else a scalar per row.
+An embedding or output matrix rests as [V / tp, D / fsdp] on a device. Nobody ever gathers it:
+
+    output    `spread` turns it into [V / N, D], rows over all N = tp * fsdp devices, by an
+              all-to-all of 1 / N of its bytes. A few hidden states are gathered over 'fsdp', each
+              device makes the logits of its columns, and `whole_rows` exchanges these so that a
+              device has all columns of a few rows. What follows (softmax, top-k, a draw, a loss)
+              is then the code of one device. `split_rows` is the way back, for gradients.
+    input     `lookup` reads the device's D / fsdp columns for the tokens of all devices and
+              exchanges them for all columns of its own tokens.
+
+N need not divide V: the rows of each tp slice are padded to a multiple of fsdp, and the columns
+this makes are cut off where rows become whole, so that nothing behind can see them.
+
+`spread`, `whole_rows` and what stands between run inside `shard_map` on local arrays. Along a mesh
+axis of one device, and without a mesh, nothing moves.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax import P
 from jaxtyping import Array, Float, Int
 
+from oel_jax.parallel.mesh import all_rows, parts, spec
 
-def offset(axis: str | None, local_size: int) -> int | Array:
-    """Global id of the first local column."""
-    return 0 if axis is None else jax.lax.axis_index(axis) * local_size
-
-
-def total(x: Array, axis: str | None) -> Array:
-    """Sum over the shards."""
-    return x if axis is None else jax.lax.psum(x, axis)
+AT_REST = spec("vocab", "embed")  # an embedding or output matrix
+SPREAD = P(("tp", "fsdp"), None)  # the same with rows over all devices
 
 
-def logsumexp(z: Float[Array, "*B V"], axis: str | None) -> Float[Array, " *B"]:
-    """Log-sum-exp over the whole vocabulary."""
+def _exchange(x: Array, axis: str, split: int, concat: int) -> Array:
+    """All-to-all: dimension `split` is divided among the devices, `concat` becomes whole."""
+    if parts(axis) == 1:
+        return x
+    return jax.lax.all_to_all(x, axis, split, concat, tiled=True)
+
+
+def _pad(x: Array, dimension: int, multiple: int) -> Array:
+    """Zeros behind one dimension, up to a multiple."""
+    more = [(0, 0)] * x.ndim
+    more[dimension] = (0, -x.shape[dimension] % multiple)
+    return jnp.pad(x, more)
+
+
+# --- the output matrix ----------------------------------------------------------------------------
+
+
+def spread(matrix: Float[Array, "V/tp D/fsdp"]) -> Float[Array, "V/N D"]:
+    """A matrix at rest -> its rows over all devices; rows of zeros fill up each tp slice."""
+    return _exchange(_pad(matrix, 0, parts("fsdp")), "fsdp", 0, 1)
+
+
+def unspread(matrix: Float[Array, "V/N D"], rows: int) -> Float[Array, "V/tp D/fsdp"]:
+    """What `spread` did to a matrix of `rows` local rows, undone."""
+    return _exchange(matrix, "fsdp", 1, 0)[:rows]
+
+
+def spread_over_all(matrix: Float[Array, "V D"]) -> Float[Array, "W D"]:
+    """`spread`, called outside of `shard_map`; W is V and its padding."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return matrix
+    return jax.shard_map(spread, in_specs=AT_REST, out_specs=SPREAD, check_vma=False)(matrix)
+
+
+def summed_rows(x: Float[Array, "fsdp*r D"]) -> Float[Array, "r D"]:
+    """Sum of what all devices have for one's own rows: the gradient of `all_rows`."""
+    if parts("fsdp") > 1:
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
+    return x if parts("tp") == 1 else jax.lax.psum(x, "tp")
+
+
+def logits(
+    rows: Float[Array, "fsdp*r D"], matrix: Float[Array, "V/N D"]
+) -> Float[Array, "fsdp*r V/N"]:
+    """Float32 logits of gathered rows for the columns of this device."""
+    return jnp.einsum("nd,vd->nv", rows, matrix, preferred_element_type=jnp.float32)
+
+
+def whole_rows(z: Float[Array, "fsdp*r V/N"], size: int) -> Float[Array, "r/tp V"]:
+    """All columns of one's own rows; `size` = V. r must be a multiple of tp."""
+    z = _exchange(z, "fsdp", 0, 1)[:, : size // parts("tp")]
+    return _exchange(z, "tp", 0, 1)
+
+
+def split_rows(z: Float[Array, "r/tp V"]) -> Float[Array, "fsdp*r V/N"]:
+    """The way back of `whole_rows`; zeros in the padding."""
+    z = _exchange(z, "tp", 1, 0)
+    return _exchange(_pad(z, 1, parts("fsdp")), "fsdp", 1, 0)
+
+
+def my_rows(x: Array) -> Array:
+    """[r, ...] -> [r / tp, ...]: the rows that `whole_rows` makes whole on this device."""
+    count = parts("tp")
+    if count == 1:
+        return x
+    size = x.shape[0] // count
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tp") * size, size, axis=0)
+
+
+def joined_rows(x: Array) -> Array:
+    """[r / tp, ...] -> [r, ...]: what `my_rows` did, undone."""
+    return x if parts("tp") == 1 else jax.lax.all_gather(x, "tp", axis=0, tiled=True)
+
+
+# --- the embedding --------------------------------------------------------------------------------
+
+
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of an embedding table at rest, split over the batch as `ids` are.
+
+    An id beyond the vocabulary reads its last row.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jnp.asarray(table).at[ids].get(mode="clip")
+    if mesh.size == 1:
+        return table.at[ids].get(out_sharding=P("fsdp", None, None), mode="clip")
+    return _lookup(table, ids)
+
+
+@jax.custom_vjp
+def _lookup(table: Array, ids: Array) -> Array:
+    run = jax.shard_map(
+        _local_lookup,
+        in_specs=(AT_REST, P("fsdp", None)),
+        out_specs=P("fsdp", None, None),
+        check_vma=False,
+    )
+    return run(table, ids)
+
+
+def _local_lookup(table: Float[Array, "V/tp D/fsdp"], ids: Int[Array, "b T"]) -> Array:
+    columns, here = _columns(table.shape[0], ids)
+    x = jnp.where(here[..., None], table.at[columns].get(mode="clip"), 0)
+    x = _exchange(x, "fsdp", 0, 2)
+    return x if parts("tp") == 1 else jax.lax.psum(x, "tp")
+
+
+def _columns(size: int, ids: Int[Array, "b T"]) -> tuple[Array, Array]:
+    """Rows of the local table for the ids of all devices, and which of them it has."""
+    ids = jnp.clip(all_rows(ids), 0, size * parts("tp") - 1)
+    if parts("tp") > 1:
+        ids = ids - jax.lax.axis_index("tp") * size
+    return ids, (ids >= 0) & (ids < size)
+
+
+def _lookup_forward(table: Array, ids: Array) -> tuple[Array, tuple]:
+    return _lookup(table, ids), (table, ids)
+
+
+def _lookup_backward(saved: tuple, d_x: Float[Array, "B T D"]) -> tuple[Array, None]:
+    table, ids = saved
+
+    def local(d_x: Array, ids: Array) -> Float[Array, "V/tp D/fsdp"]:
+        size = table.shape[0] // parts("tp")
+        columns, here = _columns(size, ids)
+        d_x = _exchange(d_x, "fsdp", 2, 0)
+        # Another device's id goes to a row that does not exist, and is dropped there.
+        columns = jnp.where(here, columns, size)
+        return jnp.zeros((size, d_x.shape[-1]), d_x.dtype).at[columns].add(d_x, mode="drop")
+
+    rows = P("fsdp", None)
+    run = jax.shard_map(
+        local, in_specs=(P("fsdp", None, None), rows), out_specs=AT_REST, check_vma=False
+    )
+    return run(d_x, ids), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+# --- whole rows -----------------------------------------------------------------------------------
+
+
+def logsumexp(z: Float[Array, "*B V"]) -> Float[Array, " *B"]:
+    """Log-sum-exp over the vocabulary."""
     high = z.max(-1)
-    high = high if axis is None else jax.lax.pmax(high, axis)
-    return high + jnp.log(total(jnp.exp(z - high[..., None]).sum(-1), axis))
+    return high + jnp.log(jnp.exp(z - high[..., None]).sum(-1))
 
 
 def block_top_k(
@@ -47,8 +198,8 @@ def block_top_k(
     return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
 
 
-def _local_top_k(z: Float[Array, "R V"], k: int) -> tuple[Array, Array]:
-    """The k largest values of each row and their columns."""
+def top_k(z: Float[Array, "R V"], k: int) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
+    """The k largest values of each row and their ids; of equal ones the lowest ids."""
     if k == 1:
         # XLA's argmax is one slow reduction of pairs on a CPU; these are two fast ones.
         high = z.max(-1, keepdims=True)
@@ -60,37 +211,11 @@ def _local_top_k(z: Float[Array, "R V"], k: int) -> tuple[Array, Array]:
     return block_top_k(z, k, 1 << round(math.log2(ratio) / 2))
 
 
-def top_k(
-    z: Float[Array, "R V"], k: int, axis: str | None
-) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
-    """Exact k largest values and their global ids, in two stages when the vocabulary is split."""
-    local = z.shape[-1]
-    values, ids = _local_top_k(z, min(k, local))
-    if axis is None:
-        return values, ids
-    ids = ids + offset(axis, local)
-    values = jax.lax.all_gather(values, axis, axis=1, tiled=True)
-    ids = jax.lax.all_gather(ids, axis, axis=1, tiled=True)
-    values, picked = jax.lax.top_k(values, k)
-    return values, jnp.take_along_axis(ids, picked, axis=1)
+def take(z: Float[Array, "R V"], ids: Int[Array, "R k"]) -> Float[Array, "R k"]:
+    """Values of `z` at ids."""
+    return jnp.take_along_axis(z, ids, axis=1)
 
 
-def local_columns(
-    ids: Int[Array, "R k"], local_size: int, axis: str | None
-) -> tuple[Int[Array, "R k"], Array]:
-    """Global ids -> (local column, clipped into range; whether the id lives on this shard)."""
-    columns = ids - offset(axis, local_size)
-    here = (columns >= 0) & (columns < local_size)
-    return jnp.clip(columns, 0, local_size - 1), here
-
-
-def take(z: Float[Array, "R V"], ids: Int[Array, "R k"], axis: str | None) -> Float[Array, "R k"]:
-    """Values of `z` at global ids."""
-    columns, here = local_columns(ids, z.shape[-1], axis)
-    values = jnp.take_along_axis(z, columns, axis=1)
-    return total(jnp.where(here, values, 0.0), axis)
-
-
-def argmax(z: Float[Array, "R V"], axis: str | None) -> Int[Array, " R"]:
-    """Global id of the largest value."""
-    return top_k(z, 1, axis)[1][:, 0]
+def argmax(z: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """Id of the largest value, of equal ones the lowest."""
+    return top_k(z, 1)[1][:, 0]

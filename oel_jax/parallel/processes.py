@@ -1,0 +1,295 @@
+"""Several processes, one run: who is who, what they tell each other, and how they stop together.
+
+Each process runs the same command and the same code. What touches all devices (consolidation) they
+do together; what one device group can do alone (games, extraction) they share out among themselves:
+process i takes every N-th piece of work from the i-th on. Process 0 writes what is written once and
+is the only one that talks. Decisions that depend on files or clocks are made by process 0 and told
+to the others, so that all take the same way. One process is the case N = 1 of the same code.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from oel_jax.errors import UserError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the processes of a run meet; None = JAX finds it out by itself.
+
+    Attributes:
+      coordinator: host:port of process 0.
+      count: number of processes.
+      index: this process, from 0.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+def find_cluster(
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    env: Mapping[str, str] = os.environ,
+) -> Cluster | None:
+    """The cluster this process belongs to, or None if it is alone.
+
+    Asked in this order: the arguments (flags); OEL_COORDINATOR, OEL_PROCESSES and OEL_PROCESS_ID;
+    Slurm, within `srun`; a TPU pod, as its runtime describes it. Of the last two only the fact that
+    there are several processes is read here, since JAX knows the rest.
+
+    Raises:
+      UserError: only some of the three are given, or they contradict each other.
+    """
+    flags = {"--coordinator": coordinator, "--processes": count, "--process_id": index}
+    if any(value is not None for value in flags.values()):
+        return _cluster(flags)
+    names = ("OEL_COORDINATOR", "OEL_PROCESSES", "OEL_PROCESS_ID")
+    if any(env.get(name) for name in names):
+        return _cluster({name: env.get(name) or None for name in names})
+    in_srun = "SLURM_STEP_ID" in env or "SLURM_STEPID" in env
+    if in_srun and int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1) > 1:
+        return Cluster()
+    if env.get("TPU_WORKER_HOSTNAMES", "").count(",") or env.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return Cluster()
+    return None
+
+
+def _cluster(given: Mapping[str, Any]) -> Cluster | None:
+    """Three values by name (address, count, index), checked."""
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        present = [name for name in given if name not in missing]
+        raise UserError(
+            f"{', '.join(present)} without {', '.join(missing)}: give all three, or none on a "
+            "single host, under Slurm or on a TPU pod"
+        )
+    (address_name, address), (count_name, count), (index_name, index) = given.items()
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{address_name}={address} is no HOST:PORT, such as 10.0.0.1:1234")
+    try:
+        count, index = int(count), int(index)
+    except ValueError as error:
+        what = f"{count_name}={count} and {index_name}={index}"
+        raise UserError(f"{what} must be integers") from error
+    if count < 1 or not 0 <= index < count:
+        raise UserError(
+            f"{index_name}={index} does not exist: with {count_name}={count} it is 0 to {count - 1}"
+        )
+    return Cluster(str(address), count, index) if count > 1 else None
+
+
+def join(cluster: Cluster | None, patience: int = 300) -> None:
+    """Meet the other processes; before any device is touched.
+
+    Args:
+      patience: seconds to wait for them.
+
+    Raises:
+      UserError: they do not all come.
+    """
+    if cluster is None:
+        return
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.count,
+            cluster.index,
+            initialization_timeout=patience,
+            heartbeat_timeout_seconds=60,
+        )
+    except Exception as error:  # of the runtime's own kinds
+        where = f" at {cluster.coordinator}" if cluster.coordinator else ""
+        raise UserError(
+            f"the processes of this run did not meet{where} within {patience} s: "
+            f"{str(error).splitlines()[0]}. Check --coordinator, that the port is open, and that "
+            "every process was started"
+        ) from error
+
+
+def count() -> int:
+    """Processes of this run."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """This process, from 0."""
+    return jax.process_index()
+
+
+def is_first() -> bool:
+    """Whether this process writes and talks."""
+    return jax.process_index() == 0
+
+
+def share(work: Sequence[_T]) -> list[_T]:
+    """This process's part of some work; all of it where there is one process."""
+    return list(work[index() :: count()])
+
+
+def together(parts: Sequence[Sequence[_T]]) -> list[_T]:
+    """Undo `share`: the parts of all processes, in the order of the whole."""
+    total = sum(map(len, parts))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+
+
+def wait(name: str) -> None:
+    """Until all processes are here; files that they wrote before are complete then."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each process says, by process; plain JSON types."""
+    if count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int64(len(data)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def from_first(value: _T) -> _T:
+    """What process 0 says: for all that files or clocks decide."""
+    return value if count() == 1 else exchange(value if is_first() else None)[0]
+
+
+def any_says(flag: bool) -> bool:
+    """Whether any process says yes."""
+    return any(exchange(bool(flag)))
+
+
+def first_does(name: str, work: Callable[[], None]) -> None:
+    """Let process 0 do it while the others wait."""
+    if is_first():
+        work()
+    wait(name)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """An array as NumPy on every process, wherever it lies."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(jax.device_get(array))
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+# --- are we the same? -----------------------------------------------------------------------------
+
+
+def _code() -> str:
+    """A hash of the package's own source files."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def check_equal(settings: Mapping[str, Any]) -> None:
+    """Refuse processes that would not compute the same run.
+
+    Args:
+      settings: the config, as plain JSON types.
+
+    Raises:
+      UserError: another config, code, Python or JAX on some process, or a clock that is far off.
+    """
+    if count() == 1:
+        return
+    text = json.dumps(settings, sort_keys=True)
+    mine = {
+        "oel_jax code": _code(),
+        "config": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "jax": jax.__version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+    }
+    wait("clocks")  # so that all read the clock at the same time
+    said = exchange(mine | {"host": platform.node(), "clock": time.time()})
+    first = said[0]
+    for number, other in enumerate(said):
+        differ = [name for name in mine if other[name] != first[name]]
+        if differ:
+            pairs = ", ".join(f"{name} {first[name]} and {other[name]}" for name in differ)
+            raise UserError(
+                f"process {number} on {other['host']} does not run what process 0 on "
+                f"{first['host']} runs: {pairs}. Copy the same code, environment and command to "
+                "all hosts"
+            )
+        off = other["clock"] - first["clock"]
+        if abs(off) > 60:
+            raise UserError(
+                f"the clock of {other['host']} (process {number}) is {off:+.0f} s off that of "
+                f"{first['host']}: times of files and curves would mislead; set it (chrony, ntpd)"
+            )
+
+
+# --- stopping together ----------------------------------------------------------------------------
+
+
+class StopTogether:
+    """Tells the other processes why this one fails, and stops when another one does.
+
+    Messages travel as files beside the run's own, since a process that hangs in a collective hears
+    nothing else. A process that dies without a word is noticed by JAX's heartbeats within a minute.
+    """
+
+    def __init__(self, workdir: Path):
+        self._directory = workdir
+        self._since = time.time()
+        if count() > 1:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._mine.unlink(missing_ok=True)
+            wait("no old messages")
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def _mine(self) -> Path:
+        return self._directory / f".failed.{index():03d}"
+
+    def tell(self, message: str, status: int) -> None:
+        """Say why this process ends with `status`, and give the others time to hear it."""
+        if count() > 1:
+            self._mine.write_text(json.dumps({"status": status, "message": message}))
+            # Process 0 goes last: the runtime of the others ends badly once it is gone.
+            time.sleep(8 if is_first() else 4)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(1)
+            for path in sorted(self._directory.glob(".failed.*")):
+                if path == self._mine:
+                    continue
+                try:
+                    said = json.loads(path.read_text())
+                except (OSError, ValueError):  # not there yet, or half written
+                    continue
+                number = int(path.suffix.removeprefix("."))
+                message = f"stopped, since process {number} did: {said['message']}"
+                print(message, file=sys.stderr, flush=True)
+                os._exit(int(said["status"]))  # the main thread may hang in a collective
+
+
+def quiet() -> None:
+    """Let only process 0 print; errors still go to every process's own stderr."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
