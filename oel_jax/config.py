@@ -150,7 +150,7 @@ def default() -> ml_collections.ConfigDict:
     c.loss.correction = "none"  # mass outside: 'none' leaves it out, 'renorm', 'tail' = one entry
     # 'seq_mean' (paper), 'micro_token_mean' (released); 'trajectory_mean': a game, then all games
     c.loss.aggregation = "token_mean"  # mean over all response tokens of a step
-    c.loss.chunk = 512  # response tokens whose logits exist at the same time
+    c.loss.chunk = 512  # response tokens whose logits exist at a time, of all devices together
 
     c.evaluate = v = ml_collections.ConfigDict()
     v.maps = HELD_OUT_BOARDS  # held-out boards, from the first of the 128

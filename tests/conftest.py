@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 
 # Virtual devices for the tests of meshes; unlike XLA_FLAGS this does not leak into subprocesses.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Shells let commands in the background ignore Ctrl-C, and children inherit that; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -166,4 +170,22 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     tiny_run.go(workdir, tiny_run.tiny_config())
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def run_of_command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run made by the command, in a process that has one device and not eight.
+
+    XLA on a CPU shares work out by the number of devices, and sums then differ in the last bit.
+    """
+    import subprocess
+    import sys
+
+    import tiny_run
+
+    workdir = tmp_path_factory.mktemp("runs") / "by_command"
+    command = [sys.executable, "-m", "oel_jax.main", *tiny_run.as_flags(), f"--workdir={workdir}"]
+    done = subprocess.run(command, cwd=tiny_run.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return workdir

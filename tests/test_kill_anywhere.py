@@ -10,11 +10,11 @@ from tiny_run import FIELDS, NANO_CONFIG
 from oel_jax import nano
 
 
-def test_a_killed_run_ends_as_one_left_alone(finished_run, tmp_path):
+def test_a_killed_run_ends_as_one_left_alone(run_of_command, tmp_path):
     settings = FIELDS | {"model.path": str(nano.MODEL_DIR)}
     interrupted = Interrupted(NANO_CONFIG, settings, longest=12.0, seed=3)
     assert interrupted.finish(tmp_path / "run", kills=2) >= 1
-    assert differences(finished_run, tmp_path / "run") == []
+    assert differences(run_of_command, tmp_path / "run") == []
     assert sum(interrupted.hit.values()) >= 1
 
 

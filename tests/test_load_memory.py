@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import BAR, load_apart, write_model
+from benchmarks.load import load_apart, write_model
 from benchmarks.models import hf_config
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +17,7 @@ WIDE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, vocab
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(directory, bytes) of 270 MB, in the proportions of a real model."""
+    """(directory, bytes) of 410 MB, in the proportions of a real model."""
     directory = tmp_path_factory.mktemp("wide") / "model"
     size = write_model(directory, hf_config("qwen3_8b") | WIDE, shard_bytes=100_000_000)
     return directory, size
@@ -31,4 +31,5 @@ def test_loading_takes_little_more_than_the_model(model, shape):
     assert found["samples"] > 20  # it was watched
     assert size <= found["arrays"] <= 1.05 * size
     # Virtual devices are host memory: less than the arrays would mean that nothing was counted.
-    assert 0.95 * size <= found["anonymous"] <= BAR * size
+    # 1.09 was seen, and 1.27 when a leaf was read for all devices before any was placed.
+    assert 0.95 * size <= found["anonymous"] <= 1.2 * size

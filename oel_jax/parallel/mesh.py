@@ -39,10 +39,13 @@ def spec(*logical: str | None) -> P:
 def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh ('fsdp', 'tp') over all devices; `fsdp=-1` takes what `tp` leaves.
 
+    Devices of one process lie side by side, so that its part of the mesh is a mesh (`host_mesh`).
+
     Raises:
       UserError: the product does not equal the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
     count = len(devices)
     if fsdp == -1 and tp > 0 and count % tp == 0:
         fsdp = count // tp
