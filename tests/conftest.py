@@ -17,7 +17,7 @@ import pytest
 # Virtual devices for the tests of meshes; unlike XLA_FLAGS this does not leak into subprocesses.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Shells let commands in the background ignore Ctrl-C, and children inherit that; some tests send it.
+# A shell lets commands in the background ignore Ctrl-C, and their children; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -4,7 +4,8 @@
 
 A short run of the config is made once without interruption. Then the same command is run in fresh
 workdirs and killed at random instants, up to `--kills_per_run` times each, until it ends by itself;
-nothing else is done to the workdir. Each such run must leave the same bytes: trajectories,
+nothing else is done to the workdir. A kill comes at a random instant within `--within` seconds of a
+start: few seconds make many kills a run. Each such run must leave the same bytes: trajectories,
 knowledge, policies, evaluations, and metrics but for what the clock says. Exits with 1 where one
 does not, and keeps that workdir.
 """
@@ -163,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--kills_per_run", type=int, default=10)
+    parser.add_argument("--within", type=float, help="seconds; default: those of a whole run")
     parser.add_argument("--config", type=Path, default=Path("configs/nano_frozen_lake.py"))
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--workdir", type=Path, help="where runs are made; default: temporary")
@@ -180,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - began
     repeated = differences(reference, again)
     print(f"left alone: {seconds:.0f} s; run twice: {repeated or 'the same'}", flush=True)
-    interrupted = Interrupted(options.config, SHORT, seconds, options.seed)
+    interrupted = Interrupted(options.config, SHORT, options.within or seconds, options.seed)
     made, wrong = 0, []
     results: Iterator[tuple[int, int, list[str]]] = trials(
         interrupted, reference, scratch, options.kills, options.kills_per_run
