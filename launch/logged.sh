@@ -13,6 +13,14 @@ shift
 mkdir -p "$(dirname "$log")"
 echo "--- $(date -u +%Y-%m-%dT%H:%M:%SZ) $(uname -n): $*" >>"$log"
 
+# Before the command starts: a signal that comes with its first words must not end this script.
+child="" early=""
+forward() {
+  if [ -n "$child" ]; then kill "-$1" "$child" 2>/dev/null || true; else early=$1; fi
+}
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+
 set -m  # own process groups: the terminal's Ctrl-C comes here alone and is passed on once
 # Where nobody listens any more (a lost connection), tee still writes to the file.
 exec {out}> >(exec tee -ia --output-error=warn "$log" 2>/dev/null)
@@ -20,8 +28,7 @@ tee=$!
 PYTHONUNBUFFERED=1 "$@" </dev/null >&"$out" 2>&1 &
 child=$!
 exec {out}>&-
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM
-trap 'kill -INT "$child" 2>/dev/null || true' INT
+[ -z "$early" ] || forward "$early"
 
 code=0
 wait "$child" || code=$?
