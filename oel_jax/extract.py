@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from oel_jax import knowledge, preemption, prompts
+from oel_jax import answers, knowledge, preemption, prompts
 from oel_jax.config import extraction_template, extractor_budget
 from oel_jax.experience import no_experience, of_another_run, raw_trajectories
 from oel_jax.lm.huggingface import resolve
@@ -69,9 +69,7 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
     longest_prompt, budget = extractor_budget(run.config)
     # Steps generated together: one while a step needs the text of the last.
     width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
-    # Some chat templates begin the thought themselves; then the answer shows only its end.
-    tokenizer, thinking = extractor.tokenizer, run.config.model.thinking
-    opened = tokenizer.decode(tokenizer.chat("", thinking=thinking)).rstrip().endswith("<think>")
+    opened = extractor.tokenizer.opens_thought(thinking=run.config.model.thinking)
     sampler = run.sampler(
         extractor,
         sampling(config),
@@ -155,7 +153,7 @@ def _absorb(
     """
     config = run.config.extract
     response = extractor.tokenizer.decode(answer.ids)
-    stripped, finished = knowledge.strip_thought(response, config.unfinished_thought, opened=opened)
+    stripped, finished = answers.split_thought(response, config.unfinished_thought, opened=opened)
     parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
     upkeep: dict[str, bool | int] = {}
     if config.no_op:

@@ -21,7 +21,6 @@ NO_OP_SENTENCE = (  # ends its template then
     + NO_OP
 )
 VERSIONS = ("v1", "v2", "v3", "v4", "v5")
-_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def _check_version(version: str) -> None:
@@ -33,30 +32,6 @@ def _starts_item(line: str, version: str, marker: str) -> bool:
     if version in ("v3", "v5"):
         return True
     return line.strip().startswith("- " if version == "v2" else marker)
-
-
-def strip_thought(
-    text: str, unfinished: str = "drop", *, opened: bool = False
-) -> tuple[str | None, bool]:
-    """Separate an extractor's answer from its thought (spec 6.1, step 6; 12, row 8).
-
-    Args:
-        text: the decoded answer, special tokens dropped, `<think>` and `</think>` kept.
-        unfinished: what becomes of an answer whose thought was cut off by the token limit: 'drop'
-            it (the paper: knowledge is the answer part only) or 'keep' the raw thought (released
-            code).
-        opened: the prompt itself already ended in `<think>`, so an answer without `</think>` is an
-            unfinished thought even though it shows no `<think>`.
-
-    Returns:
-        (the part behind the last `</think>`, or the whole text where there was no thought; None
-        when an unfinished thought is dropped; and whether the thought was finished).
-    """
-    if unfinished not in ("drop", "keep"):
-        raise UserError(f"extract.unfinished_thought must be 'drop' or 'keep'; got {unfinished!r}")
-    _, closed, answer = text.rpartition(_CLOSE)  # without a `</think>` the answer is the whole text
-    finished = _OPEN not in answer and (bool(closed) or not opened)
-    return (answer if finished or unfinished == "keep" else None), finished
 
 
 def parse(text: str, version: str, marker: str = MARKER) -> str:

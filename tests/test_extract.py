@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_run import contents, copy_of, opened, tiny_config
 
-from oel_jax import knowledge
+from oel_jax import answers, knowledge
 from oel_jax.errors import UserError
 from oel_jax.experience import check_other_run
 from oel_jax.extract import extract
@@ -61,7 +61,7 @@ def test_a_step_appends_what_was_parsed(finished_run):
         text = ""
         for step in (1, 2):
             record = read_json(place / f"chain_{chain:02d}" / f"step_{step:03d}.json")
-            answer, finished = knowledge.strip_thought(record["response"], "drop")
+            answer, finished = answers.split_thought(record["response"], "drop", opened=False)
             assert record["thought_finished"] == finished
             assert record["parsed"] == knowledge.parse(answer or "", "v4")
             text = knowledge.append(text, record["parsed"])

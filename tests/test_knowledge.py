@@ -58,34 +58,6 @@ def test_own_marker():
         knowledge.parse("x", "v4", " ")
 
 
-# --- thoughts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "dropped", "kept", "finished"),
-    [
-        ("<think>a</think>\n\nb", "\n\nb", "\n\nb", True),
-        ("a</think>b</think>c", "c", "c", True),
-        ("no thought at all", "no thought at all", "no thought at all", True),
-        ("<think>cut off", None, "<think>cut off", False),
-        ("<think>a</think><think>again", None, "<think>again", False),
-        ("<think>a</think>", "", "", True),
-        ("", "", "", True),
-    ],
-)
-def test_strip_thought(text, dropped, kept, finished):
-    assert knowledge.strip_thought(text) == (dropped, finished)
-    assert knowledge.strip_thought(text, "keep") == (kept, finished)
-
-
-def test_thought_that_the_prompt_opened():
-    assert knowledge.strip_thought("cut off", opened=True) == (None, False)
-    assert knowledge.strip_thought("cut off", "keep", opened=True) == ("cut off", False)
-    assert knowledge.strip_thought("a</think>b", opened=True) == ("b", True)
-    with pytest.raises(UserError, match="unfinished_thought"):
-        knowledge.strip_thought("x", "maybe")
-
-
 # --- accumulation and truncation ------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -234,6 +235,29 @@ def test_prompts_go_into_the_template_with_thinking_off(chat_model):
     assert lm._ids(lm._prompt("<|im_start|>user")).count(1) == 0
 
 
+def test_an_answer_that_the_templates_thought_left_no_room_for_is_none(chat_model, tmp_path):
+    """A template that begins the thought itself, as those of models that always think."""
+    directory = tmp_path / "thinker"
+    shutil.copytree(chat_model.directory, directory)
+    (directory / "chat_template.jinja").write_text(
+        "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+    responses = Responses()
+    lm = PolicyLM(replace(chat_model, directory=directory), responses=responses)
+    user, settings = {"role": "user", "content": "hi"}, {"max_gen_toks": 4}
+    begun = lm.apply_chat_template([user])
+    # The task gives the start of an answer: with the thought's end, or without.
+    starts = [
+        lm.apply_chat_template([user, {"role": "assistant", "content": text}], False)
+        for text in ("hm</think>So: ", "So: ")
+    ]
+    asked = requests("generate_until", *((p, settings) for p in (begun, *starts, "hi")))
+    said = lm.generate_until(asked)
+    raw = [answer.response for answer in responses.answers]
+    assert sorted(map(bool, raw)) == [True] * 4 and "</think>" not in "".join(raw)
+    assert said[0] == said[2] == "" and said[1] in raw and said[3] in raw and said[1] and said[3]
+
+
 def test_greedy_answers_equal_argmax(chat_model):
     lm = PolicyLM(chat_model)
     prompts = ["the answer is", "no", "yes the answer"]
@@ -289,7 +313,15 @@ def test_reading_generation_arguments():
     ],
 )
 def test_thoughts_and_stop_texts_are_cut(raw, answer):
-    assert answer_text(raw, ["STOP"]) == answer
+    assert answer_text(raw, ["STOP"], opened=False) == answer
+
+
+@pytest.mark.parametrize(
+    "raw, answer",
+    [("cut off", ""), ("hm</think>\n\na STOP b", "a "), ("STOP</think>a</think> b", "b"), ("", "")],
+)
+def test_thoughts_that_the_template_has_begun(raw, answer):
+    assert answer_text(raw, ["STOP"], opened=True) == answer
 
 
 def test_too_long_prompts_are_refused_or_lose_their_beginning(chat_model):

@@ -195,8 +195,8 @@ def test_a_vocabulary_of_words_with_an_unknown_token(tmp_path):
     assert tokenizer.encode("board <end> up <unk> √") == [2, 0, 3, 0, 0]
 
 
-def test_text_that_would_make_a_control_token_is_refused(tmp_path):
-    """A Unigram vocabulary cannot be thinned out; there the last check stops it."""
+def test_a_control_token_in_a_unigram_vocabulary_cannot_be_reached(tmp_path):
+    """A model's own words must not end a run, whatever it writes."""
     from tokenizers import Tokenizer, models
 
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("<end>", -1.0), ("b", -2.0)], unk_id=0))
@@ -205,8 +205,7 @@ def test_text_that_would_make_a_control_token_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("bb") == [2, 2]
-    with pytest.raises(UserError, match="plain text produces the added token '<end>'"):
-        tokenizer.encode("b<end>b")
+    assert tokenizer.encode("b<end>b") == [2, 0, 2]  # unknown characters in a row are one token
 
 
 def test_added_tokens_known_only_to_the_config(tmp_path):
@@ -309,15 +308,13 @@ def test_unusable_templates(tmp_path, template, said):
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 
-def write_sentencepiece(directory: Path, controls=CONTROLS, symbols=()) -> Path:
+def write_sentencepiece(directory: Path, controls=CONTROLS, symbols=(), **changes) -> Path:
     import sentencepiece
 
     lines = [f"you are the player {i} on the grid [up] [down] {i * 7}" for i in range(60)]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "text").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(directory / "text"),
-        model_prefix=str(directory / "tokenizer"),
+    settings = dict(
         vocab_size=330,
         model_type="bpe",
         byte_fallback=True,
@@ -328,7 +325,10 @@ def write_sentencepiece(directory: Path, controls=CONTROLS, symbols=()) -> Path:
         user_defined_symbols=["\n", "You are an agent", *symbols],
         pad_id=3,
         minloglevel=2,
+        input=str(directory / "text"),
+        model_prefix=str(directory / "tokenizer"),
     )
+    sentencepiece.SentencePieceTrainer.train(**settings | changes)
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>", "pad_token": "<pad>"})
     )
@@ -385,3 +385,45 @@ def test_sentencepiece_control_tokens_must_be_control_symbols(tmp_path):
     (loose / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(loose)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece_as_transformers(tmp_path, model_type):
+    import transformers
+
+    directory = write_sentencepiece(tmp_path, model_type=model_type, hard_vocab_limit=False)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(directory)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    letters = [letter for letter in UNICODE if letter not in HOSTILE]
+    for text in [*golden_prompts()[:3], "", " ", " a  b\n ", *random_texts(100, letters)]:
+        for thinking in (True, False):
+            ids = theirs.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True, enable_thinking=thinking, return_dict=False,
+            )  # fmt: skip
+            assert ours.chat(text, thinking=thinking) == ids, text
+        ids = ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+    ],
+)
+def test_sentencepiece_that_changes_text_is_refused(tmp_path, change):
+    with pytest.raises(UserError, match="it changes text .*a tokenizer.json is needed"):
+        load_tokenizer(write_sentencepiece(tmp_path, **change))
+
+
+def test_sentencepiece_without_its_added_tokens_is_refused(tmp_path):
+    directory = write_sentencepiece(tmp_path)
+    (directory / "added_tokens.json").write_text(json.dumps({"<|tool|>": 330}))
+    with pytest.raises(UserError, match=r"the added tokens <\|tool\|>; a tokenizer.json is needed"):
+        load_tokenizer(directory)

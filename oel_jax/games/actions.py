@@ -2,6 +2,8 @@
 
 import re
 
+from oel_jax import answers
+
 NO_ACTION = "[no valid action]"
 DIRECTIONS = ("up", "down", "left", "right")
 _KEYS = {"w": "up", "a": "left", "s": "down", "d": "right"}
@@ -15,7 +17,7 @@ def parse_action(response: str) -> str:
     blanks matter (`[UP]` and `[ up ]` are no actions). The last one by position wins; w, a, s and d
     become words. The result is wrapped in brackets, as the games expect it.
     """
-    words = _ACTION.findall(response)
+    words = _ACTION.findall(answers.whole(response))
     if not words:
         return NO_ACTION
     return f"[{_KEYS.get(words[-1], words[-1])}]"

@@ -13,6 +13,7 @@ template are kept here under the string that shows them, and anything else is pl
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_collections
@@ -25,12 +26,13 @@ from lm_eval.utils import (
     simple_parse_args_string,
 )
 
+from oel_jax.answers import OPEN, answer_of, leaves_open
 from oel_jax.config import default
 from oel_jax.errors import UserError
 from oel_jax.harness.likelihood import score
 from oel_jax.harness.responses import Answer, Place, Responses, prompt_digest
-from oel_jax.knowledge import strip_thought
 from oel_jax.lm.config import read_json
+from oel_jax.lm.control_tokens import Part
 from oel_jax.lm.language_model import LanguageModel, load_model
 from oel_jax.lm.requests import Completion, Request, request_key
 from oel_jax.lm.sampler import Sampler
@@ -94,13 +96,15 @@ def generation(arguments: Mapping[str, Any], task: str | None) -> Generation:
     return Generation(how, max_new, tuple(text for text in until if text))
 
 
-def answer_text(raw: str, until: Sequence[str]) -> str:
+def answer_text(raw: str, until: Sequence[str], *, opened: bool) -> str:
     """What is scored of a response: without its thought, cut before the first of `until`.
 
     An unfinished thought is no answer: ''.
+
+    Args:
+      opened: the prompt ends inside a thought, which the template has begun.
     """
-    answer, _ = strip_thought(raw)
-    text = raw if answer == raw else (answer or "").lstrip()
+    text = answer_of(raw, opened=opened)
     for stop in until:
         text = text.partition(stop)[0]
     return text
@@ -108,10 +112,17 @@ def answer_text(raw: str, until: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt up to its last control token, as ids, and the plain text behind that."""
+    """A prompt up to its last control token, as ids, and the plain text behind that.
+
+    Attributes:
+      first: the plain text begins a text of its own, no control token of a template before it.
+      opened: the prompt ends inside a thought, which the chat template has begun.
+    """
 
     head: tuple[int, ...]
     tail: str
+    first: bool = True
+    opened: bool = False
 
 
 @register_model("oel_jax")
@@ -212,30 +223,27 @@ class PolicyLM(LM):
             )
         tokenizer = self.model.tokenizer
         text = "\n\n".join(message["content"] for message in messages)
-        ids = tokenizer.chat(text, thinking=False)
-        cut = max((i + 1 for i, token in enumerate(ids) if token in tokenizer.control), default=0)
-        prompt = _Prompt(tuple(ids[:cut]), tokenizer.decode(ids[cut:]) + start)
-        shown = self._shown(ids[:cut]) + prompt.tail
+        parts = tokenizer.chat_parts(text, thinking=False)
+        tail = parts.pop() if parts and isinstance(parts[-1], str) else ""
+        # The start of an answer may end the thought that the template has begun, or begin one.
+        begun = OPEN if tokenizer.opens_thought(thinking=False) else ""
+        opened, head = leaves_open(begun + start), tuple(tokenizer.encode_parts(parts))
+        prompt = _Prompt(head, tail + start, not parts, opened)
+        shown = self._shown(parts) + prompt.tail
         if self._chats.setdefault(shown, prompt) != prompt:
             raise UserError(f"two prompts of a task look alike but differ in their ids: {shown!r}")
         return shown
 
-    def _shown(self, ids: Sequence[int]) -> str:
-        """Ids as text, control tokens written out."""
-        control, parts, plain = self.model.tokenizer.control, [], []
-        for token in ids:
-            if token in control:
-                parts += [self.model.tokenizer.decode(plain), control[token].text]
-                plain = []
-            else:
-                plain.append(token)
-        return "".join([*parts, self.model.tokenizer.decode(plain)])
+    def _shown(self, parts: Sequence[Part]) -> str:
+        """A prompt as text, control tokens written out."""
+        return "".join(part if isinstance(part, str) else part.text for part in parts)
 
     def _prompt(self, context: str) -> _Prompt:
         return self._chats.get(context) or _Prompt(self._begin if context else (), context)
 
     def _ids(self, prompt: _Prompt) -> list[int]:
-        return [*prompt.head, *self.model.tokenizer.encode(prompt.tail)] or [self._prefix]
+        tail = self.model.tokenizer.encode(prompt.tail, first=prompt.first)
+        return [*prompt.head, *tail] or [self._prefix]
 
     def _fit(self, ids: Sequence[int], room: int, task: str | None, what: str) -> list[int]:
         """`ids`, or their last `room` ones."""
@@ -267,14 +275,12 @@ class PolicyLM(LM):
         places = _places(requests)
         wanted = [generation(request.args[1], request.task_name) for request in requests]
         room = self.model.cfg.max_positions
+        asked = [self._prompt(request.args[0]) for request in requests]
         prompts = [
             self._fit(
-                self._ids(self._prompt(request.args[0])),
-                room - how.max_new,
-                request.task_name,
-                f"{how.max_new} new ones",
+                self._ids(prompt), room - how.max_new, request.task_name, f"{how.max_new} new ones"
             )
-            for request, how in zip(requests, wanted, strict=True)
+            for request, how, prompt in zip(requests, wanted, asked, strict=True)
         ]
         digests = [prompt_digest(ids) for ids in prompts]
         answers = [self.responses.find(*at) for at in zip(places, digests, strict=True)]
@@ -300,8 +306,8 @@ class PolicyLM(LM):
                     answers[completion.tag] = answer
                     progress.update()
         return [
-            answer_text(answer.response, how.until)
-            for answer, how in zip(answers, wanted, strict=True)
+            answer_text(answer.response, how.until, opened=prompt.opened)
+            for answer, how, prompt in zip(answers, wanted, asked, strict=True)
         ]
 
     def _answer(self, completion: Completion) -> Answer:
@@ -357,7 +363,7 @@ class PolicyLM(LM):
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         prompt = self._prompt(context)
-        encode = self.model.tokenizer.encode
+        encode = partial(self.model.tokenizer.encode, first=prompt.first)
         count = len(prompt.head) + len(encode(prompt.tail.rstrip()))
         whole = [*prompt.head, *encode(prompt.tail + continuation)]
         return whole[:count] or [self._prefix], whole[count:]

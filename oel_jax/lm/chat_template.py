@@ -7,72 +7,99 @@ the template. (Rendering the text itself and tokenising the result, as is usual,
 `<|im_end|>` on a game board into the end of the user's turn.)
 """
 
-import dataclasses
 import datetime
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from string import printable
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
+from oel_jax.answers import leaves_open
 from oel_jax.errors import UserError
+from oel_jax.lm.control_tokens import ControlToken, Part, split, swallow_blanks
+from oel_jax.lm.template_environment import Render, renderer
 
 # Holds characters that a template would have to change if it escaped, quoted or re-cased messages.
 _STAND_IN = "oelUserText<&\"'\\>7f3a"
-_PAD = "\n "
+# What templates do to the ends of a message; Llama-3 strips it.
+_STRIPS: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+    lambda text: text.rstrip("\n"),
+)
+_ENDS = ("", " ", "\n", "\n ", " \n", "\t", "\u3000", "\x1c")
+
+Message = str | Sequence[str | ControlToken]
 
 
-@dataclasses.dataclass(frozen=True)
-class ControlToken:
-    """A token that only the template (or the model) may produce, never outside text.
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered template.
 
-    `special` tokens are dropped when ids are decoded. `lstrip` and `rstrip` tokens swallow the
-    blanks before or after them, and `single_word` ones match only between word boundaries.
+    Attributes:
+        before: the template's text in front of the user's message.
+        after: the text behind it, which ends where the model's response begins.
+        strip: what the template does to the ends of a message.
+        control: all tokens to recognise in the template's text.
     """
 
-    id: int
-    text: str
-    special: bool = True
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
+    before: str
+    after: str
+    strip: Callable[[str], str]
+    control: tuple[ControlToken, ...]
 
     @property
-    def pattern(self) -> str:
-        core = re.escape(self.text)
-        if self.single_word:
-            core = rf"(?<!\w){core}(?!\w)"
-        return (r"\s*" if self.lstrip else "") + core + (r"\s*" if self.rstrip else "")
+    def opens_thought(self) -> bool:
+        """Whether a response begins inside a thought, since the template has written `<think>`."""
+        return leaves_open(self.after)
 
+    def shown(self, text: str) -> str:
+        """The prompt for a message as one string, as the template renders it."""
+        return self.before + self.strip(text) + self.after
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A rendered template: control token ids and pieces of plain text, some with the stand-in."""
+    def fill(self, message: Message) -> list[Part]:
+        """The prompt for a message: control tokens, and pieces of plain text between them.
 
-    parts: tuple[int | str, ...]
-    strip_left: bool
-    strip_right: bool
-
-    def fill(self, user_text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Ids of the prompt for `user_text`; `encode` must treat its argument as plain text.
-
-        Text of the template that touches the user's text is encoded together with it, so that the
+        Text of the template that touches the user's text is in one piece with it, so that the
         tokens at the seam are those of an ordinary tokenisation.
+
+        Args:
+            message: plain text; or pieces of it with control tokens that are known to be genuine.
         """
-        if self.strip_left:
-            user_text = user_text.lstrip()
-        if self.strip_right:
-            user_text = user_text.rstrip()
-        ids: list[int] = []
-        for part in self.parts:
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += encode(part.replace(_STAND_IN, user_text))
-        return ids
+        middle = self._stripped([message] if isinstance(message, str) else message)
+        inner = "".join(part if isinstance(part, str) else part.text for part in middle)
+        parts: list[Part] = [
+            *split(self.before, self.control, "", inner + self.after),
+            *middle,
+            *split(self.after, self.control, self.before + inner, ""),
+        ]
+        return swallow_blanks(_joined(parts))
+
+    def _stripped(self, message: Sequence[Part]) -> list[Part]:
+        """The message as the template shows it; tokens inside it stop the stripping."""
+        if len(message) == 1 and isinstance(message[0], str):
+            return [self.strip(message[0])]
+        parts = list(message)
+        # A letter stands for what is not an end of the message.
+        if parts and isinstance(parts[0], str):
+            parts[0] = self.strip(parts[0] + "x")[:-1]
+        if parts and isinstance(parts[-1], str):
+            parts[-1] = self.strip("x" + parts[-1])[1:]
+        return parts
+
+
+def _joined(parts: Iterable[Part]) -> list[Part]:
+    """Neighbouring texts, made one."""
+    joined: list[Part] = []
+    for part in parts:
+        if joined and isinstance(part, str) and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def prompt(
@@ -81,6 +108,7 @@ def prompt(
     special_texts: Mapping[str, str],
     *,
     thinking: bool,
+    today: datetime.datetime | None = None,
 ) -> Prompt:
     """Renders `template` for one user message and the generation prompt.
 
@@ -89,59 +117,32 @@ def prompt(
         control: all tokens to recognise in the template's text.
         special_texts: `bos_token` and the like, variables of the template.
         thinking: passed on as `enable_thinking`; templates without it ignore it.
+        today: the date that the template shows, if it shows one; now, if not given.
 
     Raises:
         UserError: the template fails, or does not show the user's message as it is.
     """
-    # A padded stand-in shows whether the template trims messages (Llama-3 does).
-    text = _render(template, _PAD + _STAND_IN + _PAD[::-1], special_texts, thinking)
+    render = renderer(template, special_texts, today or datetime.datetime.now())
+    text = render(_STAND_IN, thinking)
     before, found, after = text.partition(_STAND_IN)
     if not found or _STAND_IN in after:
         raise UserError(
             "chat_template does not show the user's message exactly once and unchanged; use a "
             "template that does"
         )
-    keeps_left, keeps_right = before.endswith(_PAD), after.startswith(_PAD[::-1])
-    before, after = before.removesuffix(_PAD), after.removeprefix(_PAD[::-1])
-    ids = {token.text: token.id for token in control}
-    # Longest first, so that no token hides one that it is a part of.
-    ordered = sorted(control, key=lambda token: len(token.text), reverse=True)
-    pattern = "|".join(f"({token.pattern})" for token in ordered)
-    parts: list[int | str] = []
-    end = 0
-    text = before + _STAND_IN + after
-    for match in re.finditer(pattern, text) if pattern else ():
-        parts += [text[end : match.start()], ids[ordered[match.lastindex - 1].text]]
-        end = match.end()
-    parts.append(text[end:])
-    return Prompt(tuple(p for p in parts if p != ""), not keeps_left, not keeps_right)
+    strip = _strip(render, thinking, before, after)
+    return Prompt(before, after, strip, tuple(control))
 
 
-def _render(template: str, content: str, special_texts: Mapping[str, str], thinking: bool) -> str:
-    """The template's text, in the Jinja environment that transformers gives to chat templates."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+def _strip(render: Render, thinking: bool, before: str, after: str) -> Callable[[str], str]:
+    """Which of `_STRIPS` the template does; found by trying."""
+    texts = [left + _STAND_IN + right for left, right in product(_ENDS, _ENDS)]
+    texts.append(f"{_STAND_IN}\n\n \t  {printable} é\u3000{_STAND_IN}")
+    shown = [render(text, thinking) for text in texts]
+    for strip in _STRIPS:
+        if shown == [before + strip(text) + after for text in texts]:
+            return strip
+    raise UserError(
+        "chat_template changes the user's message in a way that is not supported, such as blanks "
+        "inside it; have it show the message as it is, or with `| trim`"
     )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    # The date in a prompt is the day of the start; it does not change in the middle of a run.
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(
-            messages=[{"role": "user", "content": content}],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-            **special_texts,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"chat_template fails for one user message: {error}") from error
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

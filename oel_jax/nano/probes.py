@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from oel_jax import knowledge
+from oel_jax import answers, knowledge
 from oel_jax.games import NO_ACTION
 from oel_jax.nano import examples
 from oel_jax.nano import language as lang
@@ -141,7 +141,7 @@ def judge_extraction(
       decided: it was won or lost. Then a fact it shows must be stated, unless `previous` says all
         of them already, in whatever words: the prompt asks not to repeat what is known.
     """
-    answer, finished = knowledge.strip_thought(reply)
+    answer, finished = answers.split_thought(reply, opened=False)
     if not finished:
         return Verdict(False, False)
     parsed = knowledge.parse(answer or "", version)
@@ -210,7 +210,7 @@ def judge_look_up(prompt: str, reply: str) -> bool:
 
 def judge_instruction(reply: str, answer: str) -> bool:
     """Strict equality, behind the thought."""
-    return knowledge.strip_thought(reply)[0] == answer
+    return answers.split_thought(reply, opened=False)[0] == answer
 
 
 def earlier_games(rng: random.Random, histories: Sequence[tuple[bool, str]], count: int) -> str:
