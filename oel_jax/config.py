@@ -86,6 +86,8 @@ def default() -> ml_collections.ConfigDict:
     e.top_k = 20  # 0 = off
     e.trajectories = "per_chain"  # 'per_chain': each chain plays its own games; 'shared': one set
     e.outcome = "full"  # shown to the extractor: 'full', 'text_only' (no result line), 'none'
+    # 'text' = plain characters, as in all text from outside; 'tokens' = control tokens (released)
+    e.history_markers = "text"  # the player's <think> and </think> in games the extractor reads
     e.item_marker = knowledge.MARKER  # what begins an item (v4)
     e.template_file = ""  # '' = released template, 'paper' = Figs. 10 and 11, or a text file
     e.unfinished_thought = "drop"  # thought that fills the budget: 'drop' it or 'keep' it as text

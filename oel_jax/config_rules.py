@@ -172,6 +172,7 @@ def rules() -> dict[str, Rule]:
             "previous": _FLAG,
             "trajectories": _choice("per_chain", "shared"),
             "outcome": _choice("full", "text_only", "none"),
+            "history_markers": _choice("text", "tokens"),
             "item_marker": _one_line,
             "template_file": _any_text,
             "unfinished_thought": _choice("drop", "keep"),

@@ -8,12 +8,14 @@ weights are cast on the way. The copy stands alone: `transformers.AutoModelForCa
 """
 
 import argparse
+import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from oel_jax.errors import UserError
 from oel_jax.lm.huggingface import copy_model
+from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.workdir import Workdir
 
 
@@ -50,6 +52,16 @@ def export(workdir: Path, round_number: int, out: Path, dtype: str | None = None
     copy_model(out, source=policy_directory(workdir, round_number), dtype=dtype)
 
 
+def shows_date(directory: Path) -> bool:
+    """Whether the prompts of a model depend on the day on which they are made."""
+    try:
+        days = [datetime.datetime(2000 + year, 1 + year, 3 + year) for year in (1, 2)]
+        prompts = [load_tokenizer(directory, day).chat("x", thinking=True) for day in days]
+    except UserError:  # no tokenizer, no template
+        return False
+    return prompts[0] != prompts[1]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -68,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"wrote {given.out}")
+    if shows_date(given.out):
+        date = f"{Workdir(given.workdir).today:%d %b %Y}"
+        print(f"note: its chat template shows the date of the day; in this run it was {date}")
     return 0
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from oel_jax import answers, knowledge, preemption, prompts
 from oel_jax.config import extraction_template, extractor_budget
 from oel_jax.experience import no_experience, of_another_run, raw_trajectories
+from oel_jax.history import with_markers
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import LanguageModel, bundled
 from oel_jax.lm.requests import Completion, Request
+from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.metrics import printable
 from oel_jax.parallel import processes
 from oel_jax.run import Run, sampling
@@ -70,6 +72,9 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
     # Steps generated together: one while a step needs the text of the last.
     width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
     opened = extractor.tokenizer.opens_thought(thinking=run.config.model.thinking)
+    player = extractor.tokenizer
+    if directory:
+        player = load_tokenizer(run.policy_directory(round_number), run.today)
     sampler = run.sampler(
         extractor,
         sampling(config),
@@ -88,7 +93,7 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
             preemption.stop_if_noticed()
             steps = range(start, min(start + width, config.n_run + 1))
             requests = [
-                _request(run, extractor, round_number, chain, step)
+                _request(run, extractor, player, round_number, chain, step)
                 for chain in chains
                 for step in steps
                 if step > chain.done
@@ -117,22 +122,29 @@ def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
 
 
 def _request(
-    run: Run, extractor: LanguageModel, round_number: int, chain: _Chain, step: int
+    run: Run,
+    extractor: LanguageModel,
+    player: Tokenizer,
+    round_number: int,
+    chain: _Chain,
+    step: int,
 ) -> Request:
-    """The extractor call of one step (spec 6.1 steps 3 to 5)."""
+    """The extractor call of one step (spec 6.1 steps 3 to 5); `player` wrote the responses."""
     config = run.config.extract
     game = chain.games[step - 1]
-    history = prompts.extraction_history(
-        [(turn.observation, turn.response) for turn in game.turns],
-        game.outcome,
-        outcome_mode=config.outcome,
-    )
-    text = prompts.extraction_prompt(
-        history,
-        chain.text if config.previous else "",
-        version=config.version,
-        template=extraction_template(run.config),
-    )
+
+    def message(turns: list[tuple[str, str]]) -> str:
+        return prompts.extraction_prompt(
+            prompts.extraction_history(turns, game.outcome, outcome_mode=config.outcome),
+            chain.text if config.previous else "",
+            version=config.version,
+            template=extraction_template(run.config),
+        )
+
+    if config.history_markers == "tokens":
+        text = with_markers(message, game.turns, player, extractor.tokenizer)
+    else:
+        text = message([(turn.observation, turn.response) for turn in game.turns])
     ids = extractor.tokenizer.chat(text, thinking=run.config.model.thinking)
     key = run.chain_key(chain.number, "extractor", round_number, step)
     return Request(ids, key, extractor_budget(run.config)[1], (chain, step))

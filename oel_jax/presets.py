@@ -11,7 +11,9 @@ from oel_jax.errors import UserError
 # Spec section 12: (row, field, value in the paper, value in the released code). A callable gets the
 # config. Rows without a field: 14 and 15 are TextArena's and the released rule for everyone, 17 are
 # separate protocols, 20 (bf16 log-probabilities) and 21 (optimizer lost on resume) are not copied.
+# Row 0 is for what the section does not list: the paper says nothing, the released code differs.
 ROWS: tuple[tuple[int, str, Any, Any], ...] = (
+    (0, "extract.history_markers", "text", "tokens"),
     (1, "deploy.games_per_step", 64, 128),
     (2, "loss.aggregation", "seq_mean", "micro_token_mean"),
     (3, "loss.temperature", 1.0, 0.7),

@@ -1,7 +1,8 @@
 """What every stage of a run shares: config, files, metrics, devices, and how to load a policy."""
 
+import datetime
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ class Run:
       mesh: axes ('fsdp', 'tp'), over the devices of all processes.
       host: the part of it that lies in this process, where games are played and texts written.
       shelf: in a study, where runs find stages that another run has finished with equal inputs.
+      today: the date in all prompts whose template shows one; the same on all processes.
     """
 
     config: ml_collections.ConfigDict
@@ -56,9 +58,13 @@ class Run:
     mesh: jax.sharding.Mesh
     host: jax.sharding.Mesh | None = None
     shelf: Shelf | None = None
+    today: datetime.datetime | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.host = self.host or self.mesh
+        if self.workdir:  # the planner has none
+            shown = self.workdir.today.isoformat() if processes.is_first() else ""
+            self.today = datetime.datetime.fromisoformat(processes.from_first(shown))
 
     def policy_directory(self, round_number: int) -> Path:
         """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
@@ -77,7 +83,7 @@ class Run:
         """
         check_model(self.config, directory, self.mesh)
         dtype = dtype or self.config.model.dtype
-        return load_model(directory, dtype=dtype, mesh=mesh or self.host)
+        return load_model(directory, dtype=dtype, mesh=mesh or self.host, today=self.today)
 
     def policy(self, round_number: int, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
         """P_r in the compute dtype, on another mesh, or on this process's devices to play with."""
@@ -209,7 +215,9 @@ def check_model(
       UserError: the directory is no model that this package runs, or the config does not fit it.
     """
     cfg = ModelConfig.from_directory(directory)
-    tokens = load_tokenizer(directory).vocab_size
+    tokenizer = load_tokenizer(directory)
+    tokenizer.opens_thought(thinking=config.model.thinking)  # the template can be used
+    tokens = tokenizer.vocab_size
     check_offload(config.consolidate, mesh)
     validate_against_model(config, cfg, tokens, mesh.devices.size, processes.count())
 

@@ -14,6 +14,7 @@ Exit status: 0; 1 when a run failed or --check found something; 2 for what the u
 
 import argparse
 import ast
+import datetime
 import gc
 import os
 import sys
@@ -61,10 +62,10 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
       UserError: what is wrong before anything is run, naming study, variant and field.
     """
     planned = runs(study, root)
-    with _owned(root, study):
+    with _owned(root, study, planned) as today:
         _check_old_runs(planned)
         _check_models(planned, devices)
-        failed = _run_all(planned, root, devices)
+        failed = _run_all(planned, root, devices, today)
         # Imported late: matplotlib takes a second, and bad input should answer at once.
         from oel_jax.report import write_study
         from oel_jax.studies.plots import draw
@@ -82,14 +83,19 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
 
 
 @contextmanager
-def _owned(root: Path, study: Study) -> Iterator[None]:
-    """Hold the workdir of this study; UserError if it is another's or in use."""
+def _owned(root: Path, study: Study, planned: Sequence[Planned]) -> Iterator[datetime.datetime]:
+    """Hold the workdir of this study; UserError if it is another's or in use.
+
+    Yields the date that all its runs show in prompts, since they share games.
+    """
     mark, file = (
         {"schema": SCHEMA, "study": study.name, "preset": study.preset},
         root / "study.json",
     )
+    today = None
     if file.exists():
         old = read_json(file)
+        today = old.pop("today", None) if isinstance(old, dict) else None
         if old != mark:
             before = f"{old.get('study')}:{old.get('preset')}" if isinstance(old, dict) else "?"
             raise UserError(
@@ -100,10 +106,18 @@ def _owned(root: Path, study: Study) -> Iterator[None]:
         raise UserError(f"--workdir={root} is not empty and holds no study; use another --workdir")
     lock = lock_directory(root)
     try:
-        write_json(file, mark)
-        yield
+        day = datetime.datetime.fromisoformat(today) if today else _first_day(planned)
+        write_json(file, mark | {"today": day.isoformat(timespec="seconds")})
+        yield day
     finally:
         os.close(lock)
+
+
+def _first_day(planned: Sequence[Planned]) -> datetime.datetime:
+    """The date of the first run that was begun (by an older version), else now."""
+    old = [Workdir(one.workdir) for one in planned]
+    days = [workdir.today for workdir in old if workdir.manifest_file.exists()]
+    return min(days, default=datetime.datetime.now())
 
 
 def _check_old_runs(planned: Sequence[Planned]) -> None:
@@ -144,7 +158,10 @@ def _check_models(planned: Sequence[Planned], devices: Sequence[Any] | None) -> 
 
 
 def _run_all(
-    planned: Sequence[Planned], root: Path, devices: Sequence[Any] | None
+    planned: Sequence[Planned],
+    root: Path,
+    devices: Sequence[Any] | None,
+    today: datetime.datetime,
 ) -> dict[str, str]:
     """Make all runs, one after the other; returns failed run -> message."""
     from oel_jax.studies.shelf import Shelf
@@ -158,7 +175,7 @@ def _run_all(
         try:
             if lacking:
                 raise UserError(f"it needs the run of {lacking[0]}, which failed")
-            _run_one(one, shelf, devices)
+            _run_one(one, shelf, devices, today)
             record.unlink(missing_ok=True)
         except Exception as error:  # whatever it is, the other variants go on
             failed[name] = printable(f"{type(error).__name__}: {error}")
@@ -168,7 +185,9 @@ def _run_all(
     return failed
 
 
-def _run_one(one: Planned, shelf: Any, devices: Sequence[Any] | None) -> None:
+def _run_one(
+    one: Planned, shelf: Any, devices: Sequence[Any] | None, today: datetime.datetime
+) -> None:
     """An ordinary run, with a shelf."""
     from oel_jax.loop import learn
     from oel_jax.metrics import Metrics
@@ -178,7 +197,7 @@ def _run_one(one: Planned, shelf: Any, devices: Sequence[Any] | None) -> None:
     config = one.config
     keep_compiled(config.compilation_cache)
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
-    with Workdir(one.workdir).open(as_json(config)) as workdir:
+    with Workdir(one.workdir).open(as_json(config), today=today) as workdir:
         with Metrics(workdir, config.log.tensorboard) as metrics:
             learn(Run(config, workdir, metrics, mesh, shelf=shelf), one.variant.stages)
 

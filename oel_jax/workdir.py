@@ -2,7 +2,8 @@
 
     WORKDIR/
       config.json     the config the run was started with
-      manifest.json   finished stages with size and SHA-256 of their files; config changes
+      manifest.json   finished stages with size and SHA-256 of their files; config changes; the date
+                      that chat templates show
       round_001/
         deploy/       extract_chain_00.jsonl .. (games for knowledge), step_001.jsonl .. (prefixes)
         demonstrate/  step_001.jsonl .. (played with knowledge; off-policy baselines only)
@@ -302,12 +303,18 @@ class Workdir:
 
     # --- life cycle -------------------------------------------------------------------------------
 
-    def open(self, config: Mapping[str, Any], allow_change: bool = False) -> "Workdir":
+    def open(
+        self,
+        config: Mapping[str, Any],
+        allow_change: bool = False,
+        today: datetime.datetime | None = None,
+    ) -> "Workdir":
         """Create the directory or go on with an old one; takes the lock.
 
         Args:
           config: plain JSON types (`oel_jax.config.as_json`).
           allow_change: accept a changed config; it is stored and the change recorded.
+          today: what `today` is in a new directory, local time; now, if not given.
 
         Raises:
           UserError: the directory cannot be created or written, belongs to a running process, is
@@ -327,9 +334,16 @@ class Workdir:
                 write_json(self.config_file, config)
             if not self.manifest_file.exists():
                 self._write_manifest(
-                    {"schema": SCHEMA, "created_at": _now(), "stages": [], "config_changes": []}
+                    {
+                        "schema": SCHEMA,
+                        "created_at": _now(),
+                        "today": (today or datetime.datetime.now()).isoformat(timespec="seconds"),
+                        "stages": [],
+                        "config_changes": [],
+                    }
                 )
-            self._read_manifest()
+            if "today" not in self._read_manifest():  # local time where it is first gone on with
+                self._write_manifest(self._read_manifest() | {"today": self.today.isoformat()})
         except BaseException:
             self.close()
             raise
@@ -369,6 +383,25 @@ class Workdir:
             manifest["config_changes"].append({"at": _now(), "fields": fields})
             self._write_manifest(manifest)
             write_json(self.config_file, config)
+
+    @property
+    def today(self) -> datetime.datetime:
+        """When the run was started, in local time there: what chat templates show as the date.
+
+        All prompts of a run have this one date, on whatever day and host they are made. Runs of
+        older versions did not record it; theirs is the day on which the manifest was created.
+        """
+        manifest = self._read_manifest()
+        try:
+            if "today" in manifest:
+                return datetime.datetime.fromisoformat(manifest["today"]).replace(tzinfo=None)
+            created = datetime.datetime.fromisoformat(manifest["created_at"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.manifest_file} does not say when the run was started ({error}); restore "
+                'it, or write "today": "2026-01-31T12:00:00" into it'
+            ) from error
+        return created.astimezone().replace(tzinfo=None)
 
     # --- manifest ---------------------------------------------------------------------------------
 

@@ -131,6 +131,25 @@ def test_how_a_game_ended_is_shown_as_configured(finished_run, tmp_path, monkeyp
         assert sum(words in h for h in histories) == expected
 
 
+def test_thought_markers_of_the_player_are_text_or_tokens(finished_run, tmp_path, asked):
+    extracted(finished_run, tmp_path / "a", extract__previous=False)
+    tokens = dict(extract__previous=False, extract__history_markers="tokens")
+    extracted(finished_run, tmp_path / "b", **tokens)
+    tokenizer = load_tokenizer(tiny_config().model.path)
+    markers = {i for i, token in tokenizer.control.items() if "think>" in token.text}
+    as_text, as_tokens = asked[:4], asked[4:]
+    written = sum(
+        (i in markers)
+        for chain in range(2)
+        for game in read(finished_run / "round_001" / "deploy" / f"extract_chain_{chain:02d}.jsonl")
+        for turn in game.turns
+        for i in turn.response_ids
+    )
+    assert written and sum(i in markers for ids in as_tokens for i in ids) == written
+    assert not any(i in markers for ids in as_text for i in ids)
+    assert [tokenizer.decode(ids) for ids in as_tokens] == [tokenizer.decode(i) for i in as_text]
+
+
 def test_unfinished_thoughts_are_dropped_or_kept_and_counted(finished_run, tmp_path, capsys):
     budget = dict(extract__l_max=4, extract__version="v3")  # no thought ends in 4 tokens
     dropped = extracted(finished_run, tmp_path / "a", **budget)

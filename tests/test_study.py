@@ -249,6 +249,7 @@ OTHER = {
     "extract.l_max": 40,
     "extract.max_prompt": 250,
     "extract.outcome": "none",
+    "extract.history_markers": "tokens",
     "extract.item_marker": "-- EXPERIENCE ITEM:",
     "extract.template_file": "paper",
     "extract.unfinished_thought": "keep",

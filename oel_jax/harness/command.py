@@ -100,7 +100,12 @@ def evaluate_policies(
                 left = [j for j in jobs if j.policy == policy and _finished(opened, j) is None]
                 if not left:
                     continue
-                model = load_model(policy.directory, dtype=DTYPES[config.model.dtype], mesh=mesh)
+                model = load_model(
+                    policy.directory,
+                    dtype=DTYPES[config.model.dtype],
+                    mesh=mesh,
+                    today=opened.today,
+                )
                 for job in left:
                     _evaluate(opened, metrics, config, job, model)
                 del model  # one model at a time

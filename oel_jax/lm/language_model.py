@@ -1,5 +1,6 @@
 """A model that is loaded and ready: config, parameters on a mesh, tokenizer."""
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,17 +36,19 @@ class LanguageModel:
       cfg: shape and mathematics.
       mesh: the devices it lives on, axes ('fsdp', 'tp').
       params: nested dict of arrays, in the layout of `oel_jax.lm.model`.
+      today: the date that the chat template shows, if it shows one; None: the day of loading.
     """
 
     directory: Path
     cfg: ModelConfig
     mesh: jax.sharding.Mesh
     params: Params
+    today: datetime.datetime | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Loaded on first use; UserError if the directory has no tokenizer files."""
-        return load_tokenizer(self.directory)
+        return load_tokenizer(self.directory, self.today)
 
     @property
     def vocab_limit(self) -> int:
@@ -96,7 +99,11 @@ def bundled(path: str) -> str:
 
 
 def load_model(
-    path: str | Path, *, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: Any = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    today: datetime.datetime | None = None,
 ) -> LanguageModel:
     """Load a Hugging Face directory, a hub id, 'nano' or 'nano:SIZE' (bundled models).
 
@@ -104,6 +111,7 @@ def load_model(
       path: where the model is.
       dtype: 'float32', 'bfloat16' or 'float16' (or a dtype): what the weights become.
       mesh: where they live; the first device alone when not given.
+      today: the date that the chat template shows, if it shows one (a run's: `Workdir.today`).
 
     Raises:
       UserError: anything wrong with the directory, naming the file or field.
@@ -116,4 +124,4 @@ def load_model(
     cfg = ModelConfig.from_directory(directory)
     mesh = make_mesh(1, 1, jax.devices()[:1]) if mesh is None else mesh
     params = load_params(directory, cfg, mesh=mesh, dtype=dtype)
-    return LanguageModel(directory, cfg, mesh, params)
+    return LanguageModel(directory, cfg, mesh, params, today)

@@ -84,6 +84,7 @@ _WRITING = (  # how knowledge is written, not which games it is written from
     "extract.l_max",
     "extract.max_prompt",
     "extract.outcome",
+    "extract.history_markers",
     "extract.item_marker",
     "extract.template_file",
     "extract.unfinished_thought",
