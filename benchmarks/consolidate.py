@@ -28,9 +28,10 @@ from benchmarks import side_by_side
 from benchmarks.bounds import head_flops, parameters, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
+from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.memory import used
 from oel_jax.distill.optimizer import optimizer
-from oel_jax.distill.packing import Sample, Shape, fill, plan, sample_weights
+from oel_jax.distill.packing import Sample, Shape, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.errors import UserError
@@ -96,7 +97,7 @@ class Ours:
         """The packed micro-batches of the step."""
         samples = self.given.samples
         shape, planned = plan(samples, self.budget, 1)
-        weights = sample_weights(samples, planned, "token_mean")
+        weights = sample_weights(samples, "token_mean")
         mesh = self.model.mesh
         return shape, [
             (text, put_batch(mesh, fill(samples, weights, rows, shape))) for text, rows in planned

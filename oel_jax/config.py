@@ -14,7 +14,7 @@ import ml_collections
 
 from oel_jax import knowledge, negative_control, prompts
 from oel_jax.config_rules import HELD_OUT_BOARDS, rules
-from oel_jax.distill.choices import nonsense
+from oel_jax.distill.choices import chosen_loss, nonsense, unused
 from oel_jax.errors import UserError
 
 # Most turns of a game: games.MAX_TURNS, which is out of reach here because the server side, which
@@ -120,7 +120,7 @@ def default() -> ml_collections.ConfigDict:
     t.save_every = 2  # optimizer steps between checkpoints inside a round
     t.save_minutes = 10.0  # and at most so many minutes between them; 0 = only steps count
     t.keep_fp32_master = False  # hand float32 weights to the next round (a labelled deviation)
-    t.drop_remainder = 0  # W: drop the last N mod W prefixes of a step; 0 = drop nothing
+    t.drop_remainder = 0  # W: drop the last N mod W prefixes of a step; 0 or 1 = drop nothing
     t.remat = "layer"  # kept for the backward pass: 'none' = all, 'products', 'layer' = least
     t.knowledge_rng = "released"  # which text a prefix gets: random.Random(step + 1000 * round)
     t.moments_dtype = "float32"  # both of AdamW's moments: 'float32' or 'bfloat16'
@@ -145,10 +145,12 @@ def default() -> ml_collections.ConfigDict:
     c.guard.skill_drop = 0.0  # skill (evaluate.skills) may fall by this since the start; 0 = off
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.top_k = 256  # tokens of the support: those likeliest to loss.support
+    c.loss.top_k = 256  # tokens of the support: the likeliest
     c.loss.temperature = 0.7  # of both softmaxes
-    c.loss.divergence = "reverse"  # KL(student || teacher); or 'forward', 'jsd'
-    c.loss.support = "student"  # whose top k: 'student', 'teacher', 'union', or 'full' vocabulary
+    # '' = what consolidate.mode trains with: 'on_policy' 'reverse' = KL(student || teacher) on the
+    # student's top k, 'off_policy' 'forward' on the teacher's; 'sft' takes '' alone
+    c.loss.divergence = ""  # 'reverse', 'forward', 'jsd' or ''
+    c.loss.support = ""  # whose top k: 'student', 'teacher', 'union', the 'full' vocabulary, or ''
     c.loss.correction = "none"  # mass outside: 'none' leaves it out, 'renorm', 'tail' = one entry
     # 'seq_mean' (paper), 'micro_token_mean' (released); 'trajectory_mean': a game, then all games
     c.loss.aggregation = "token_mean"  # mean over all response tokens of a step
@@ -297,8 +299,8 @@ def _check_own_game(config: ml_collections.ConfigDict) -> None:
     with_it = "with config.extract.experience='own_game', whose context belongs to single prefixes"
     if config.consolidate.mode != "on_policy":
         refuse("consolidate.mode", config.consolidate.mode, f"'on_policy' {with_it}")
-    if config.negative_control not in ("", "none"):
-        refuse("negative_control", config.negative_control, f"'' {with_it}")
+    if config.negative_control != "none":
+        refuse("negative_control", config.negative_control, f"'none' {with_it}")
     if config.evaluate.curve:
         refuse("evaluate.curve", config.evaluate.curve, f"() {with_it}")
     if config.evaluate.in_context:
@@ -310,13 +312,7 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
     control, game = config.negative_control, config.game.name
     if control == "foreign_extraction" and game not in negative_control.OTHER_GAME:
         refuse("negative_control", control, f"another one, since {game!r} has no other game")
-    wrong = nonsense(*(config.loss[n] for n in ("divergence", "support", "correction", "top_k")))
-    if wrong:
-        raise UserError(
-            f"config.loss.divergence={config.loss.divergence!r}, loss.support="
-            f"{config.loss.support!r} and loss.correction={config.loss.correction!r} do not go "
-            f"together: {wrong}"
-        )
+    _check_loss(config)
     if e.experience != "knowledge" and (e.model_path or e.knowledge_from):
         unused = "model_path" if e.model_path else "knowledge_from"
         refuse(
@@ -360,6 +356,41 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
             s.max_len,
             f"0 or above {max(s.max_response, e.l_max)}, the longest response; otherwise no prompt "
             "fits into the cache",
+        )
+
+
+def _check_loss(config: ml_collections.ConfigDict) -> None:
+    """The loss must be one that trains what it says, and use what is set."""
+    mode, loss = config.consolidate.mode, chosen_loss(config)
+    field = unused(config)
+    if field:
+        refuse(
+            f"loss.{field}",
+            config.loss[field],
+            f"{default().loss[field]!r} with config.consolidate.mode={mode!r}, whose loss is minus "
+            "the log-probability of each answer's own tokens",
+        )
+    wrong = nonsense(*loss, config.loss.top_k)
+    if wrong:
+        raise UserError(
+            f"config.loss.divergence={loss.divergence!r}, loss.support={loss.support!r} and "
+            f"loss.correction={loss.correction!r} do not go together: {wrong} ('' stands for what "
+            f"config.consolidate.mode={mode!r} trains with)"
+        )
+    if config.negative_control == "foreign_top_k" and (mode == "sft" or loss.support == "full"):
+        refuse(
+            "negative_control",
+            config.negative_control,
+            f"another one with config.consolidate.mode={mode!r} and config.loss.support="
+            f"{loss.support!r}, whose loss chooses no top k",
+        )
+    if config.loss.aggregation == "micro_token_mean" and not config.consolidate.drop_remainder:
+        refuse(
+            "consolidate.drop_remainder",
+            0,
+            "the number of GPUs whose micro-batches are reproduced (16 in the released scripts) "
+            "with config.loss.aggregation='micro_token_mean'; or use "
+            "config.loss.aggregation='token_mean'",
         )
 
 
@@ -421,5 +452,11 @@ def _remarks(config: ml_collections.ConfigDict) -> list[str]:
             "config.deploy.games_per_step x steps, with config.preflight.games, reaches game "
             f"{last} of a round; from {GAMES_PER_ROUND} on, deploy boards of consecutive rounds "
             "repeat (spec 3.2)"
+        )
+    dropped, games = config.consolidate.drop_remainder, config.deploy.games_per_step
+    if dropped > games:
+        remarks.append(
+            f"config.consolidate.drop_remainder={dropped} leaves nothing of a step that has fewer "
+            f"prefixes; config.deploy.games_per_step={games} games may have no more than {games}"
         )
     return remarks

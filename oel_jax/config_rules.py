@@ -226,8 +226,8 @@ def rules() -> dict[str, Rule]:
         "loss": {
             "top_k": _POSITIVE,
             "temperature": _TEMPERATURE,
-            "divergence": _choice("reverse", "forward", "jsd"),
-            "support": _choice(*SUPPORTS),
+            "divergence": _choice("", "reverse", "forward", "jsd"),
+            "support": _choice("", *SUPPORTS),
             "correction": _choice(*CORRECTIONS),
             "aggregation": _choice("token_mean", "seq_mean", "micro_token_mean", "trajectory_mean"),
             "chunk": _POSITIVE,

@@ -9,7 +9,7 @@ the answers from demonstrations instead, see `rollouts`; what may keep many roun
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ import numpy as np
 
 from oel_jax import guard, negative_control, preemption
 from oel_jax.checkpoints import RoundCheckpoints
+from oel_jax.distill.aggregation import sample_weights
+from oel_jax.distill.choices import chosen_loss
 from oel_jax.distill.lora import Lora, adapted, fresh_adapter, merged, save_adapter
 from oel_jax.distill.memory import Accumulator, used
 from oel_jax.distill.offload import parts, to_device, to_host
 from oel_jax.distill.optimizer import optimizer
-from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.selection import moved, selected
 from oel_jax.distill.step import (
     PLACES,
@@ -141,9 +143,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
                 if noticed:
                     checkpoints.wait()
                     raise preemption.Preempted
-                note = f"{values['response_tokens']:.1f} tokens/answer"
-                note += f", loss {values['loss']:.4f}" if "loss" in values else ", nothing to learn"
-                progress.update(note=note)
+                progress.update(note=_note(values))
         checkpoints.wait()
         files = [run.workdir.policy(round_number)]
         if stopped:
@@ -160,20 +160,32 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     return files + [policy for policy in steps if policy.exists()]
 
 
+def _note(values: Mapping[str, float]) -> str:
+    """What the progress line says of a step, which may have had nothing to learn from."""
+    answers = values.get("response_tokens")
+    said = [] if answers is None else [f"{answers:.1f} tokens/answer"]
+    said.append(f"loss {values['loss']:.4f}" if "loss" in values else "nothing to learn")
+    return ", ".join(said)
+
+
+def loss_settings(config: ml_collections.ConfigDict) -> KLConfig:
+    """The loss that a config asks for, see `chosen_loss`."""
+    loss = config.loss
+    return KLConfig(
+        loss.top_k,
+        loss.temperature,
+        *chosen_loss(config),
+        chunk=loss.chunk,
+        pick=negative_control.pick_support(config),
+    )
+
+
 def static_settings(config: ml_collections.ConfigDict, cfg: ModelConfig) -> StepConfig:
     """The static part of a step, for a model of shape `cfg`."""
     settings, lora = config.consolidate, Lora.of(config.lora)
     return StepConfig(
         model=cfg,
-        kl=KLConfig(
-            config.loss.top_k,
-            config.loss.temperature,
-            "nll" if settings.mode == "sft" else config.loss.divergence,
-            config.loss.support,
-            config.loss.correction,
-            config.loss.chunk,
-            negative_control.pick_support(config),
-        ),
+        kl=loss_settings(config),
         dtype=DTYPES[config.model.dtype],
         remat=settings.remat,
         block=config.model.attention_block,
@@ -301,7 +313,11 @@ def _put_away(run: Run, student: _Student) -> None:
 
 
 def _step(this: _Round, student: _Student) -> dict[str, float]:
-    """One optimizer step: rollouts, teacher and student on packed micro-batches, update."""
+    """One optimizer step: rollouts, teacher and student on packed micro-batches, update.
+
+    A step whose samples are all left out (by `drop_remainder`, or by `turn_floor`) changes no
+    weight. It is logged like any other, without the numbers that it does not have.
+    """
     run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
     number, began = student.step + 1, time.monotonic()
     if settings.mode == "on_policy":
@@ -316,7 +332,7 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
         samples, stopped = demonstrated(run, this.number, number, teacher)
     rolled_out = time.monotonic()
     made, values = samples, {}
-    if settings.turn_fraction < 1 or settings.turn_floor > 0:
+    if samples and (settings.turn_fraction < 1 or settings.turn_floor > 0):
         samples, values = _choose(this, samples)
     timing = {"rollout_seconds": rolled_out - began}
     lengths = [len(sample.response) for sample in made]
@@ -325,7 +341,8 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
         "response_tokens": (sum(lengths) - stopped, len(made)),
         "cut_off": (len(made) - stopped, len(made)),
     }
-    run.metrics.histogram("response_tokens", number, lengths, "consolidate", this.number)
+    if lengths:
+        run.metrics.histogram("response_tokens", number, lengths, "consolidate", this.number)
     student.step = number
     if samples:
         trained, slots = _train(this, student, samples)
@@ -350,7 +367,8 @@ def _train(
     """
     run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])
-    weights = sample_weights(samples, batches, run.config.loss.aggregation)
+    how = run.config.loss.aggregation
+    weights = sample_weights(samples, how, released_gpus=settings.drop_remainder)
     student.params = to_device(student.params)
     gradients = zeros_like(student.params)
     total, reader, own = None, None, {}
@@ -422,6 +440,13 @@ def _report(run: Run, round_number: int, teacher: Teacher) -> None:
         for row in read_metrics(run.workdir.metrics_file)
         if (row["stage"], row["round"]) == ("consolidate", round_number)
     ]
+    idle = sum("loss" not in row for row in rows)
+    if idle:
+        c = run.config.consolidate
+        print(
+            f"{idle} of {len(rows)} steps had nothing to learn from and changed no weight: "
+            f"config.consolidate.drop_remainder={c.drop_remainder}, turn_floor={c.turn_floor:g}"
+        )
     shown = [rows[0], rows[len(rows) // 2], rows[-1]] if len(rows) > 2 else rows
     columns = {  # shown name -> metric, digits after the point
         "loss": ("loss", 4),

@@ -44,16 +44,17 @@ def on_policy(
 ) -> tuple[list[Sample], int]:
     """The student's answers to all prefixes of step `number`; and how many stopped by themselves.
 
+    There may be none, see `_kept`.
+
     Args:
       weights: the student's, in the compute dtype.
       head: `header` of the first step's prefixes.
     """
-    settings = run.config.consolidate
     path = run.workdir.deploy_games(round_number, number)
     games = read(path)
-    batch = prefixes(games)
-    if settings.drop_remainder:
-        batch = batch[: len(batch) - len(batch) % settings.drop_remainder]
+    batch = _kept(run, prefixes(games))
+    if not batch:
+        return [], 0
     _check_ids(path, batch, teacher.model)
     requests = [
         Request(
@@ -80,6 +81,11 @@ def on_policy(
     return samples, sum(answer.stopped for answer in answers)
 
 
+def _kept(run: Run, batch: list[Prefix]) -> list[Prefix]:
+    """The batch of a step without its last N mod `drop_remainder`: nothing, where it is shorter."""
+    return batch[: len(batch) - len(batch) % max(run.config.consolidate.drop_remainder, 1)]
+
+
 def _all_answers(mine: Sequence[Completion]) -> list[Completion]:
     """The answers of all processes, in the order of all requests."""
     if processes.count() == 1:
@@ -96,12 +102,15 @@ def demonstrated(
 ) -> tuple[list[Sample], int]:
     """What P_r answered with knowledge in its prompt, as answers to the prompts without it.
 
+    An empty answer has no token to learn from and is left out.
+
     Raises:
       UserError: a prompt does not begin with the text that was drawn for its game.
     """
     path = run.workdir.demonstrations(round_number, number)
     games = read(path)
-    batch = prefixes(games)
+    answered = [p for p in prefixes(games) if games[p.game].turns[p.turn].response_ids]
+    batch = _kept(run, answered)
     _check_ids(path, batch, teacher.model)
     drawn = drawn_texts(round_number, number, len(games), len(teacher.texts))
     tokenizer, thinking = teacher.model.tokenizer, run.config.model.thinking

@@ -1,6 +1,8 @@
 """Every config field has a rule, every rule bites, and the recipes are Table 4's."""
 
+import ast
 import importlib.util
+import re
 import tokenize
 from pathlib import Path
 
@@ -407,3 +409,78 @@ def test_json_form_has_only_json_types():
     config = oel_config.default()
     config.evaluate.curve = (1, 2)
     assert oel_config.as_json(config)["evaluate"]["curve"] == [1, 2]
+
+
+# Settings that do not go together, one of each message of that kind.
+CLASHES = [
+    {"extract.experience": "own_game", "negative_control": "foreign_top_k"},
+    {"extract.experience": "own_game", "consolidate.mode": "off_policy"},
+    {"extract.experience": "own_game", "evaluate.curve": (1,)},
+    {"extract.experience": "raw", "extract.model_path": "nano"},
+    {"extract.experience": "none", "extract.knowledge_from": "runs/x"},
+    {"extract.knowledge_from": "runs/x", "extract.model_path": "nano"},
+    {"extract.no_op": True, "extract.previous": False},
+    {"extract.n": 26},
+    {"extract.max_prompt": 100},
+    {"sampler.max_len": 100},
+    {"consolidate.token_budget": 100},
+    {"consolidate.mode": "sft", "loss.divergence": "forward"},
+    {"consolidate.mode": "sft", "loss.support": "union"},
+    {"consolidate.mode": "sft", "loss.correction": "renorm"},
+    {"consolidate.mode": "sft", "consolidate.teacher": "ema"},
+    {"consolidate.teacher": "ema", "consolidate.retention": "plain"},
+    {"consolidate.teacher": "ema", "consolidate.offload": "teacher"},
+    {"model.dtype": "float32", "consolidate.offload": "masters"},
+    {"loss.aggregation": "micro_token_mean"},
+    {"loss.support": "full", "loss.correction": "tail"},
+    {"loss.support": "teacher"},
+    {"loss.correction": "renorm", "loss.top_k": 1},
+    {"guard.skill_drop": 0.1},
+    {"evaluate.steps": (20,)},
+    {"lora.rank": 4, "consolidate.teacher_dtype": "float32"},
+    {"lora.rank": 4, "consolidate.offload": "masters"},
+    {"lora.rank": 4, "consolidate.teacher": "ema"},
+    {"lora.rank": 4, "consolidate.keep_fp32_master": True},
+    {"lora.rank": 4, "guard.skill_drop": 0.1, "evaluate.skills": True},
+]
+_LITERAL = r"'[^']*'|\d[\d.]*|True|False|\(\)"
+
+
+def advised(message: str) -> list[tuple[str, object]]:
+    """(field, value) of everything that a message says a field must or can be."""
+    found = [
+        (field, ast.literal_eval(value))
+        for field, value in re.findall(
+            rf"([a-z_]+\.[a-z_]+|negative_control)=({_LITERAL})", message
+        )
+    ]
+    wrong = re.match(r"config\.(\S+) is .*?; it must be (?:at (?:least|most) )?(.*)", message)
+    if wrong:
+        values = re.match(rf"(?:(?:{_LITERAL})(?: or |, )?)*", wrong[2])[0]
+        found += [(wrong[1], ast.literal_eval(v)) for v in re.findall(_LITERAL, values)]
+    return found
+
+
+@pytest.mark.parametrize("clash", CLASHES, ids=lambda clash: " ".join(clash))
+def test_advice_is_not_refused(clash):
+    """Whatever value a message names is one that its field may have; one of them is the way out."""
+    config = oel_config.default()
+    config.update_from_flattened_dict(clash)
+    with pytest.raises(UserError) as caught:
+        oel_config.validate(config)
+    message = str(caught.value)
+    for field, value in advised(message):
+        must = rules()[field](value)
+        assert must is None, f"{message!r} names {value!r} for {field}, which must be {must}"
+    outcomes = set()
+    for field, value in advised(message):
+        with config.ignore_type():
+            changed = config.copy_and_resolve_references()
+            changed.update_from_flattened_dict({field: value})
+        try:
+            oel_config.validate(changed)
+            outcomes.add("accepted")
+        except UserError as error:
+            outcomes.add("another matter" if str(error) != message else "the same again")
+    relative = "at most config" in message or "below config" in message or "without '" in message
+    assert outcomes & {"accepted", "another matter"} or relative, message

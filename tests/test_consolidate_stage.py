@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import contents, copy_of, go, opened, tiny_config
 
-from oel_jax import nano, rollouts
+from oel_jax import nano, report, rollouts
 from oel_jax.distill.reference import divergence
 from oel_jax.errors import UserError
 from oel_jax.lm.language_model import load_model
@@ -19,7 +19,7 @@ from oel_jax.metrics import read as read_metrics
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.prompts import HEAD
 from oel_jax.trajectories import prefixes, read
-from oel_jax.workdir import read_json, write_json
+from oel_jax.workdir import Workdir, read_json, write_json
 
 module = importlib.import_module("oel_jax.consolidate")
 
@@ -74,6 +74,44 @@ def test_the_remainder_can_be_dropped_as_the_released_code_does(finished_run, tm
     expected = [prefix.prompt_ids for prefix in prefixes(games)]
     kept = len(expected) - len(expected) % 4
     assert [tuple(sample.prompt) for sample in samples[0]] == expected[:kept]
+
+
+NOTHING = dict(consolidate__drop_remainder=1000, log__tensorboard=True)
+NOTHING |= dict(guard__response_tokens=(0.5, 2.0), guard__entropy=(0.5, 2.0))
+
+
+def check_nothing_was_learned(work, out):
+    """The steps are logged without the numbers they do not have; whoever reads them copes."""
+    old, new = (weights(directory) for directory in (nano.MODEL_DIR, work / "round_001/policy"))
+    assert all(np.array_equal(old[name], new[name]) for name in old)
+    rows = [r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "consolidate"]
+    assert [row["values"] for row in rows] == [{"prefixes": 0.0}] * 3
+    assert "3/3 steps" in out and "| nothing to learn" in out
+    assert "3 of 3 steps had nothing to learn from" in out and "drop_remainder=1000" in out
+    report.write(Workdir(work))
+    assert "Consolidation" in (work / "report.html").read_text(encoding="utf-8")
+
+
+def test_steps_that_drop_all_prefixes_have_nothing_to_learn(finished_run, tmp_path, capsys):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    go(work, tiny_config(**NOTHING), ["consolidate"], change=True)
+    check_nothing_was_learned(work, capsys.readouterr().out)
+
+
+def test_some_steps_may_have_nothing_to_learn(finished_run, tmp_path, samples):
+    """A step of one prefix, of which two at a time are kept."""
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    path = work / "round_001" / "deploy" / "step_002.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps(first | {"turns": first["turns"][:1]}) + "\n")  # one prefix
+    config = tiny_config(consolidate__drop_remainder=2)
+    with opened(work, config, change=True) as run:
+        module.consolidate(run, 1)
+    rows = [
+        r["values"] for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "consolidate"
+    ]
+    assert ["loss" in row for row in rows] == [True, False, True] and len(samples) == 2
+    assert rows[1] == {"prefixes": 0.0}
 
 
 def test_the_policy_is_the_trained_model_in_bfloat16(finished_run):
@@ -210,8 +248,7 @@ def demonstrated_run(finished_run, tmp_path_factory):
     return work
 
 
-OFF_POLICY = dict(consolidate__mode="off_policy", loss__divergence="forward")
-OFF_POLICY |= dict(loss__support="teacher")
+OFF_POLICY = dict(consolidate__mode="off_policy")  # which brings its loss: spec 10.2
 
 
 def test_the_demonstrator_reads_the_knowledge_of_each_game(demonstrated_run):
@@ -232,7 +269,7 @@ def test_demonstrated_answers_are_learned_behind_the_plain_prompt(
     demonstrated_run, tmp_path, samples, mode
 ):
     work = copy_of(demonstrated_run, tmp_path / "run")
-    changes = OFF_POLICY | {"consolidate__mode": mode}
+    changes = {"consolidate__mode": mode}
     go(work, tiny_config(**changes), ["consolidate"], change=True)
     for step, batch in enumerate(samples, 1):
         games = read(work / "round_001" / "demonstrate" / f"step_{step:03d}.jsonl")
@@ -275,6 +312,27 @@ def test_the_loss_of_the_first_step_is_the_mode_s_own(demonstrated_run, tmp_path
         go(work, tiny_config(**changes), ["consolidate"], change=True)
         row = next(r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "consolidate")
         assert row["values"]["loss"] == pytest.approx(np.mean(values), rel=1e-3)
+
+
+def test_the_remainder_of_demonstrations_is_dropped_too(demonstrated_run, tmp_path, samples):
+    work = copy_of(demonstrated_run, tmp_path / "run")
+    path = work / "round_001" / "demonstrate" / "step_001.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["turns"][0]["response_ids"] = []  # an empty answer: no token to learn from
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    turns = [turn for line in lines for turn in line["turns"]][1:]
+    config = tiny_config(**OFF_POLICY, consolidate__steps=1, consolidate__drop_remainder=4)
+    with opened(work, config, change=True) as run:
+        module.consolidate(run, 1)
+    kept = len(turns) - len(turns) % 4
+    expected = [turn["response_ids"] for turn in turns[:kept]]
+    assert kept and [list(sample.response) for sample in samples[0]] == expected
+
+
+def test_demonstrations_that_are_all_dropped_teach_nothing(demonstrated_run, tmp_path, capsys):
+    work = copy_of(demonstrated_run, tmp_path / "run")
+    go(work, tiny_config(**OFF_POLICY, **NOTHING), ["consolidate"], change=True)
+    check_nothing_was_learned(work, capsys.readouterr().out)
 
 
 def test_demonstrations_of_other_knowledge_are_refused(demonstrated_run, tmp_path):

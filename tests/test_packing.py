@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.packing import Sample, fill, plan
 
 
 def make_samples(count=40, texts=3, seed=0):
@@ -60,26 +60,3 @@ def test_every_token_is_packed_once(budget, fsdp):
                 if start:
                     assert view.segments[r, start - 1] != view.segments[r, start]
     assert found == {index: len(s.response) for index, s in enumerate(samples)}
-
-
-def test_weights_of_the_three_aggregations():
-    samples = make_samples()
-    _, batches = plan(samples, 600, 1)
-    lengths = np.array([len(s.response) for s in samples])
-    kl = [np.random.default_rng(i).random(n) for i, n in enumerate(lengths)]
-
-    def total(name):
-        weights = sample_weights(samples, batches, name)
-        return sum(w * values.sum() for w, values in zip(weights, kl, strict=True))
-
-    assert np.isclose(total("token_mean"), np.concatenate(kl).mean())
-    assert np.isclose(total("seq_mean"), np.mean([values.mean() for values in kl]))
-    by_micro = 0.0
-    assert len(batches) > 3
-    for _, rows in batches:
-        mine = [index for row in rows for index in row]
-        by_micro += len(mine) / len(samples) * np.concatenate([kl[i] for i in mine]).mean()
-    assert np.isclose(total("micro_token_mean"), by_micro)
-    assert len({total(n).round(9) for n in ("token_mean", "seq_mean", "micro_token_mean")}) == 3
-    with pytest.raises(ValueError, match=r"config\.loss\.aggregation"):
-        sample_weights(samples, batches, "mean")

@@ -26,7 +26,8 @@ from tiny_run import copy_of, go, opened, tiny_config
 
 from oel_jax import guard, nano, skills
 from oel_jax.config import validate
-from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.aggregation import sample_weights
+from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.reference import divergence
 from oel_jax.distill.selection import moved, selected
 from oel_jax.distill.step import PLACES, StepConfig, accumulate, averaged, zeros_like
@@ -48,7 +49,7 @@ TERMS = {
 def step_of(mesh, samples, student, teacher, step: StepConfig):
     """Gradient, loss and retention of a step as `consolidate` does it."""
     shape, batches = plan(samples, 2000, mesh.shape["fsdp"])
-    weights = sample_weights(samples, batches, "token_mean")
+    weights = sample_weights(samples, "token_mean")
     with jax.set_mesh(mesh):
         gradients, loss, kept = zeros_like(student.params), 0.0, 0.0
         for text, rows in batches:
@@ -201,7 +202,7 @@ def test_trajectory_mean_is_a_mean_of_means():
         return Sample([1], [1], 0, [5] * tokens, np.zeros(tokens), 0, game)
 
     samples = [sample(0, 3), sample(0, 5), sample(1, 2)]
-    weights = sample_weights(samples, [], "trajectory_mean")
+    weights = sample_weights(samples, "trajectory_mean")
     values = np.array([1.0, 2.0, 7.0])  # the loss of every token of a sample
     expected = np.mean([(3 * 1.0 + 5 * 2.0) / 8, 7.0])
     assert sum(

@@ -29,11 +29,6 @@ from oel_jax.study import Expectation, Measure, Plot, Study, Variant, load_confi
 PRESETS = ("nano", "qwen3_1p7b")
 _CONFIGS = Path(__file__).resolve().parent.parent
 _ROUNDS = 2
-_OFF_POLICY = {
-    "consolidate.mode": "off_policy",
-    "loss.divergence": "forward",
-    "loss.support": "teacher",
-}
 
 
 def _after(number: int) -> str:
@@ -83,7 +78,7 @@ def get_study(preset: str) -> Study:
         config=config,
         variants=(
             Variant("on_policy"),
-            Variant("off_policy", _OFF_POLICY),
+            Variant("off_policy", {"consolidate.mode": "off_policy"}),
             Variant("sft", {"consolidate.mode": "sft"}),
         ),
         seeds=seeds,

@@ -1,67 +1,70 @@
-"""Divergences between student and teacher on a support, with the gradient on that support.
+"""Divergences between student and teacher over some entries, with what they ask of the logits.
 
-All take log-probabilities over the whole vocabulary, looked up on the support: `log_s` and `log_t`
-of shape [M, n]. With a, b what they become after the correction and p, q = exp(a), exp(b):
+An entry is a token, or all tokens outside the support taken together. With a and b the
+log-probabilities of an entry for student and teacher, and p, q = exp(a), exp(b):
 
     reverse   sum p (a - b)                       the method's own (paper Eq. 2)
     forward   sum q (b - a)                       off-policy context distillation (spec 10.2)
     jsd       sum (p (a - m) + q (b - m)) / 2     m = log((p + q) / 2)
     nll       - a                                 plain supervised training on the sampled token
 
-Corrections say what becomes of the mass outside the support:
+Let s = dD / dp be the slope of an entry. p comes out of a softmax, hence
 
-    none      it is left out; p and q do not sum to one
-    renorm    both sides are normalised over the support
-    tail      it is one more entry of the support
+    dD / dz_i = p_i (s_i - c)    c = sum of p s    for a token i that is an entry,
+                - p_j c                            for a token j in no entry,
+
+and a token within an entry of many gets its share of what the entry gets. Nothing is divided by
+p: each formula is written with p s, which stays finite where p vanishes.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-def _divergence(kind: str, a: Float[Array, "M n"], b: Float[Array, "M n"]) -> Float[Array, " M"]:
-    if kind == "reverse":
-        return (jnp.exp(a) * (a - b)).sum(-1)
-    if kind == "forward":
-        return (jnp.exp(b) * (b - a)).sum(-1)
-    if kind == "nll":
-        return -a.sum(-1)
-    m = jnp.logaddexp(a, b) - jnp.log(2.0)
-    return 0.5 * (jnp.exp(a) * (a - m) + jnp.exp(b) * (b - m)).sum(-1)
+# One entry may hold nearly all of p. Then s - c is a small difference of large numbers, and c is
+# found from this entry's slope and the others. At most one entry of a row can be above it.
+_ALMOST_ALL = -0.6  # log-probability, p = 0.55
 
 
-def _slope(kind: str, a: Array, b: Array) -> Float[Array, "M n"]:
-    """d divergence / d a; the teacher is constant."""
-    if kind == "reverse":
-        return jnp.exp(a) * (a - b + 1.0)
-    if kind == "forward":
-        return -jnp.exp(b)
-    if kind == "nll":
-        return -jnp.ones_like(a)
-    return 0.5 * jnp.exp(a) * (a - jnp.logaddexp(a, b) + jnp.log(2.0))
+def divergence_and_gradient(
+    kind: str, a: Float[Array, "M n"], b: Float[Array, "M n"], complete: bool
+) -> tuple[Float[Array, " M"], Float[Array, "M n"], Float[Array, " M"]]:
+    """Divergence of each row, p_i (s_i - c) of each entry, and c.
 
-
-def with_gradient(
-    kind: str,
-    correction: str,
-    log_s: Float[Array, "M n"],
-    log_t: Float[Array, "M n"],
-    tails: tuple[Float[Array, " M"], Float[Array, " M"]] | None = None,
-) -> tuple[Float[Array, " M"], Float[Array, "M n"]]:
-    """Divergence of each row, and its derivative with respect to `log_s` on the support.
-
-    tails: log of the mass outside, of student and teacher; needed by 'tail' alone.
+    Args:
+      kind: one of `choices.DIVERGENCES`.
+      a, b: log-probabilities, finite; an entry that is none has the same very low one in both.
+      complete: exp(a) and exp(b) sum to one. A constant in the slopes then has no effect.
     """
-    if correction == "tail":
-        a = jnp.concatenate([log_s, tails[0][:, None]], axis=1)
-        b = jnp.concatenate([log_t, tails[1][:, None]], axis=1)
-        g = _slope(kind, a, b)
-        # tail = log(1 - sum exp(log_s)), hence d tail / d log_s = - exp(log_s - tail)
-        back = g[:, -1:] * jnp.exp(log_s - tails[0][:, None])
-        return _divergence(kind, a, b), g[:, :-1] - back
-    if correction == "renorm":
-        a, b = jax.nn.log_softmax(log_s), jax.nn.log_softmax(log_t)
-        g = _slope(kind, a, b)
-        return _divergence(kind, a, b), g - jnp.exp(a) * g.sum(-1, keepdims=True)
-    return _divergence(kind, log_s, log_t), _slope(kind, log_s, log_t)
+    p, q = jnp.exp(a), jnp.exp(b)
+    if kind == "reverse":
+        terms = p * (a - b)
+        p_slope = terms if complete else terms + p
+    elif kind == "forward":
+        terms = q * (b - a)
+        p_slope = -q
+    elif kind == "jsd":
+        above = -0.5 * _log_mean_exp(b - a)  # (a - m) / 2
+        p_slope = p * above
+        terms = p_slope - 0.5 * q * _log_mean_exp(a - b)
+    else:
+        terms = -a
+        p_slope = -jnp.ones_like(a)
+    most = a > _ALMOST_ALL
+    others = ~most
+    slope = _sum(most, p_slope / jnp.where(most, p, 1.0))
+    # What is not in that entry. -expm1(a) is 1 - p with all of its digits, if a has all of its:
+    # that is so for a token, not for what `tail` adds up.
+    rest = _sum(others, p) if complete else -_sum(most, jnp.expm1(a))
+    shift = _sum(others, p_slope) - slope * rest  # c - slope
+    center = slope + shift
+    gradient = jnp.where(most, -p * shift, p_slope - p * center)
+    return terms.sum(-1), gradient, center[:, 0]
+
+
+def _sum(where: Array, x: Float[Array, "M n"]) -> Float[Array, "M 1"]:
+    return jnp.where(where, x, 0.0).sum(-1, keepdims=True)
+
+
+def _log_mean_exp(x: Array) -> Array:
+    """log((1 + exp(x)) / 2), exact near 0 and for large x."""
+    return jnp.maximum(x, 0.0) + jnp.log1p(0.5 * jnp.expm1(-jnp.abs(x)))

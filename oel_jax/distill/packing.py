@@ -7,7 +7,6 @@ cached prefix. Every sample carries its own weight, so the packing cannot change
 denominator is that of the whole step (spec 8.4).
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -229,40 +228,3 @@ def _write(
     view.shared[row, columns] = shared
     first = start + len(prompt) - 1
     view.predict[row, here] = first + np.arange(len(response))
-
-
-def sample_weights(
-    samples: Sequence[Sample],
-    batches: Sequence[tuple[int, list[list[int]]]],
-    aggregation: str,
-) -> list[float]:
-    """Weight of each response token of each sample (spec 8.4).
-
-    token_mean: 1 / (response tokens of the step). seq_mean: 1 / (N |y_i|).
-    trajectory_mean: 1 / (G * tokens of the sample's game), G games: averaged within a trajectory,
-    then over trajectories, so that a long game does not count more.
-    micro_token_mean: (n_u / N) / (tokens of micro-batch u), the released form, which depends on the
-    micro-batches.
-
-    Raises:
-      ValueError: another name.
-    """
-    count = len(samples)
-    if aggregation == "token_mean":
-        return [1.0 / sum(len(s.response) for s in samples)] * count
-    if aggregation == "seq_mean":
-        return [1.0 / (count * len(s.response)) for s in samples]
-    if aggregation == "trajectory_mean":
-        tokens = Counter()
-        for sample in samples:
-            tokens[sample.game] += len(sample.response)
-        return [1.0 / (len(tokens) * tokens[sample.game]) for sample in samples]
-    if aggregation == "micro_token_mean":
-        weights = [0.0] * count
-        for _, rows in batches:
-            mine = [index for row in rows for index in row]
-            tokens = sum(len(samples[index].response) for index in mine)
-            for index in mine:
-                weights[index] = len(mine) / count / (tokens + 1e-8)
-        return weights
-    raise ValueError(f"config.loss.aggregation={aggregation!r} is unknown")

@@ -159,6 +159,8 @@ def micro_loss(
 
 def _sums(loss: Array, stats: TokenStats, kept: Array, batch: MicroBatch) -> Sums:
     mask, place = merge_rows(batch.mask), merge_rows(batch.place)
+    # Padding counts nothing, whatever its hidden states are: 0 x NaN would be NaN.
+    stats, kept = jax.tree.map(lambda x: jnp.where(mask > 0, x, 0.0), (stats, kept))
     gap = jnp.abs(stats.log_prob - merge_rows(batch.log_prob))
     here = jax.nn.one_hot(place, PLACES) * mask[:, None]
     return Sums(

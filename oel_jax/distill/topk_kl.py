@@ -26,14 +26,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.distill.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
-from oel_jax.distill.divergence import with_gradient
+from oel_jax.distill.divergence import divergence_and_gradient
 from oel_jax.parallel import vocabulary as vocab
 from oel_jax.parallel.mesh import all_rows, parts
-
-ABSENT = -1e30  # log-probability of an entry that does not count: exp gives 0 and nothing is NaN
+from oel_jax.parallel.vocabulary import LogSoftmax
 
 
 @dataclass(frozen=True)
@@ -98,74 +97,111 @@ class _Chunk(NamedTuple):
     weight: Float[Array, " c"]
 
 
-def _entropy(z: Array, lse: Array) -> Float[Array, " c"]:
-    log_p = z - lse[:, None]
-    return -(jnp.exp(log_p) * log_p).sum(-1)
+class _Gradient(NamedTuple):
+    """d divergence / d logits of whole rows in parts, before weight and temperature.
+
+    `inside` belongs to `ids` (to all ids where that is None), `outside` times exp(`spread`) to all
+    other ids; no other id has a gradient where `spread` is None.
+    """
+
+    ids: Int[Array, "c n"] | None
+    inside: Float[Array, "c n"]
+    spread: LogSoftmax | None
+    outside: Float[Array, "c 1"] | None
 
 
 def _chunk_values(cfg: KLConfig, z: Array, z_t: Array, sampled: Array):
-    """Statistics of whole rows of logits and what their gradient needs: (stats, lse, ids, g).
-
-    `ids` is None where the support is the whole vocabulary: g then has a column for each id.
-    """
-    lse, lse_t = vocab.logsumexp(z), vocab.logsumexp(z_t)
-    ids, counts = _support(cfg, z, z_t, sampled)
+    """Statistics of whole rows of logits, and their gradient in parts."""
+    student, teacher = (vocab.log_softmax(side, cfg.temperature) for side in (z, z_t))
+    ids = _support(cfg, z, z_t, sampled)
     if ids is None:
-        log_s, log_t, tails = z - lse[:, None], z_t - lse_t[:, None], None
+        a, b = student.all(), teacher.all()
+        counted = a
+        kl, inside, _ = divergence_and_gradient(cfg.divergence, a, b, True)
+        gradient = _Gradient(None, inside, None, None)
     else:
-        log_s = jnp.where(counts, vocab.take(z, ids) - lse[:, None], ABSENT)
-        log_t = jnp.where(counts, vocab.take(z_t, ids) - lse_t[:, None], ABSENT)
-        tails = None
-        if cfg.correction == "tail":
-            tails = tuple(_outside(x, at, ids) for x, at in ((z, lse), (z_t, lse_t)))
-    kl, g = with_gradient(cfg.divergence, cfg.correction, log_s, log_t, tails)
+        new = ids < z.shape[1]
+        counted, b = (jnp.where(new, side.at(ids), vocab.LEAST) for side in (student, teacher))
+        kl, gradient = _corrected(cfg, ids, counted, b, student, teacher)
+    log_p, log_q = student.all(), teacher.all()
     stats = TokenStats(
         kl=kl,
-        mass=jnp.exp(log_s).sum(-1),
-        student_entropy=_entropy(z, lse),
-        teacher_entropy=_entropy(z_t, lse_t),
-        log_prob=vocab.take(z, sampled[:, None])[:, 0] - lse,
+        mass=jnp.exp(counted).sum(-1),
+        student_entropy=-(jnp.exp(log_p) * log_p).sum(-1),
+        teacher_entropy=-(jnp.exp(log_q) * log_q).sum(-1),
+        log_prob=student.at(sampled[:, None])[:, 0],
     )
-    return stats, (lse, ids, g)
+    return stats, gradient
 
 
-def _support(cfg: KLConfig, z: Array, z_t: Array, sampled: Array):
-    """(ids [c, n] or None for all, which of them count [c, n])."""
+def _corrected(
+    cfg: KLConfig, ids: Array, a: Array, b: Array, student: LogSoftmax, teacher: LogSoftmax
+) -> tuple[Float[Array, " c"], _Gradient]:
+    """Divergence on a support; a and b are the log-probabilities of `ids`."""
+    kind = cfg.divergence
+    if cfg.correction == "renorm":
+        new = ids < student.z.shape[1]
+        chosen = [jnp.where(new, vocab.take(s.z, ids), -jnp.inf) for s in (student, teacher)]
+        a, b = (vocab.log_softmax(z, cfg.temperature).all() for z in chosen)
+        kl, inside, _ = divergence_and_gradient(kind, a, b, True)
+        return kl, _Gradient(ids, inside, None, None)
+    if cfg.correction == "tail":
+        mask = _marked(student.z.shape, ids)
+        tails = [_tail(side, mask) for side in (student, teacher)]
+        a, b = (jnp.concatenate([x, t[1]], 1) for x, t in zip((a, b), tails, strict=True))
+        kl, entries, _ = divergence_and_gradient(kind, a, b, True)
+        return kl, _Gradient(ids, entries[:, :-1], tails[0][0], entries[:, -1:])
+    kl, inside, center = divergence_and_gradient(kind, a, b, False)
+    return kl, _Gradient(ids, inside, student, -center[:, None])
+
+
+def _support(cfg: KLConfig, z: Array, z_t: Array, sampled: Array) -> Int[Array, "c n"] | None:
+    """Ids of the support, None for all. A second mention of an id lies beyond the vocabulary."""
     if cfg.divergence == "nll":
-        return sampled[:, None], jnp.ones(sampled[:, None].shape, bool)
+        return sampled[:, None]
     if cfg.support == "full":
-        return None, None
+        return None
     if cfg.support == "teacher":
-        ids = cfg.pick(z_t, cfg.top_k)[1]
-        return ids, jnp.ones(ids.shape, bool)
+        return cfg.pick(z_t, cfg.top_k)[1]
     ids = cfg.pick(z, cfg.top_k)[1]
-    counts = jnp.ones(ids.shape, bool)
     if cfg.support == "student":
-        return ids, counts
+        return ids
     more = cfg.pick(z_t, cfg.top_k)[1]
-    again = vocab.take(_marked(z, ids, 0.0, 1.0), more) > 0  # the student's too
-    return jnp.concatenate([ids, more], 1), jnp.concatenate([counts, ~again], 1)
+    beyond = z.shape[1] + jnp.arange(cfg.top_k, dtype=more.dtype)
+    more = jnp.where(vocab.take(_marked(z.shape, ids), more), beyond, more)
+    return jnp.concatenate([ids, more], 1)
 
 
-def _marked(z: Array, ids: Array, rest: float | Array, mark: float) -> Array:
-    """`rest` in the shape of z with `mark` at the ids."""
-    rows = jnp.arange(z.shape[0])[:, None]
-    return jnp.broadcast_to(rest, z.shape).at[rows, ids].set(mark)
+def _marked(shape: tuple[int, int], ids: Int[Array, "c n"]) -> Bool[Array, "c V"]:
+    rows = jnp.arange(shape[0])[:, None]
+    return jnp.zeros(shape, bool).at[rows, ids].set(True, mode="drop", unique_indices=True)
 
 
-def _outside(z: Array, lse: Array, ids: Array) -> Float[Array, " c"]:
-    """Log of the mass outside the support, summed there: 1 - inside would lose its digits."""
-    return vocab.logsumexp(_marked(z, ids, z, ABSENT)) - lse
+def _tail(side: LogSoftmax, mask: Bool[Array, "c V"]) -> tuple[LogSoftmax, Float[Array, "c 1"]]:
+    """How the mass outside of the mask is spread there, and its log.
+
+    Summed there: 1 - (mass inside) would have lost its digits. Where nothing is outside, the mass
+    is 0 and so are all shares.
+    """
+    spread = vocab.log_softmax(jnp.where(mask, -jnp.inf, side.z), side.temperature)
+    return spread, side.below_high(spread.high) + spread.log_sum - side.log_sum
 
 
-def _logit_gradient(cfg: KLConfig, z: Array, weight: Array, found: tuple) -> Float[Array, "c V"]:
-    """d(weight * kl) / dz of whole rows, before the temperature."""
-    lse, ids, g = found
-    scale = (weight / cfg.temperature)[:, None]
-    grad = jnp.exp(z - lse[:, None]) * (-g.sum(-1)[:, None] * scale)
-    if ids is None:
-        return grad + g * scale
-    return grad.at[jnp.arange(z.shape[0])[:, None], ids].add(g * scale)
+def _logit_gradient(
+    cfg: KLConfig, shape: tuple[int, int], weight: Array, found: _Gradient
+) -> Float[Array, "c V"]:
+    """d(weight * kl) / dz of whole rows; exactly 0 in a row of weight 0, whatever its logits."""
+
+    def weighted(x: Float[Array, "c n"]) -> Float[Array, "c n"]:
+        return jnp.where(weight[:, None] == 0, 0.0, x * (weight / cfg.temperature)[:, None])
+
+    if found.ids is None:
+        return weighted(found.inside)
+    grad = jnp.zeros(shape, jnp.float32)
+    if found.spread is not None:
+        grad = weighted(jnp.exp(found.spread.all()) * found.outside)
+    rows = jnp.arange(shape[0])[:, None]
+    return grad.at[rows, found.ids].set(weighted(found.inside), mode="drop", unique_indices=True)
 
 
 def _add_outer(total: Array, grad: Array, hidden: Array, tiles: int = 16) -> Float[Array, "V D"]:
@@ -205,23 +241,25 @@ def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sample
 
     def body(d_matrix, chunk: _Chunk):
         hidden = all_rows(chunk.student)
-        z = vocab.whole_rows(vocab.logits(hidden, w_s), size) / cfg.temperature
+        z = vocab.whole_rows(vocab.logits(hidden, w_s), size)
         seen = [vocab.logits(all_rows(h), w) for h, w in zip(chunk.teacher, w_t, strict=True)]
-        z_t = vocab.whole_rows(sum(seen[1:], start=seen[0]), size) / cfg.temperature
+        z_t = vocab.whole_rows(sum(seen[1:], start=seen[0]), size)
         sampled, weight = vocab.my_rows(chunk.sampled), vocab.my_rows(chunk.weight)
         stats, found = _chunk_values(cfg, z, z_t, sampled)
         stats = jax.tree.map(vocab.joined_rows, stats)
         if not with_grad:
             return d_matrix, (stats, None)
-        grad = vocab.split_rows(_logit_gradient(cfg, z, weight, found).astype(h_s.dtype))
+        grad = _logit_gradient(cfg, z.shape, weight, found).astype(h_s.dtype)
+        grad = vocab.split_rows(grad)
         d_hidden = jnp.einsum("cv,vd->cd", grad, w_s, preferred_element_type=jnp.float32)
         d_hidden = vocab.summed_rows(d_hidden).astype(h_s.dtype)
-        return _add_outer(d_matrix, grad, hidden), (stats, d_hidden)
+        learned = jnp.where(all_rows(chunk.weight)[:, None] == 0, 0, hidden)  # 0 x NaN is NaN
+        return _add_outer(d_matrix, grad, learned), (stats, d_hidden)
 
     start = jnp.zeros(w_s.shape, jnp.float32) if with_grad else None
     d_matrix, (stats, d_hidden) = jax.lax.scan(body, start, chunks)
     stats = jax.tree.map(lambda x: x.reshape(-1)[:count], stats)
-    loss = jnp.sum(stats.kl * weight)
+    loss = jnp.sum(jnp.where(weight == 0, 0.0, stats.kl * weight))
     loss = loss if devices == 1 else jax.lax.psum(loss, "fsdp")
     if not with_grad:
         return loss, stats

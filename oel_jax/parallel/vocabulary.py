@@ -18,6 +18,7 @@ axis of one device, and without a mesh, nothing moves.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,52 @@ def logsumexp(z: Float[Array, "*B V"]) -> Float[Array, " *B"]:
     """Log-sum-exp over the vocabulary."""
     high = z.max(-1)
     return high + jnp.log(jnp.exp(z - high[..., None]).sum(-1))
+
+
+LEAST = -1e6  # the lowest log-probability, nats: what a logit of minus infinity counts as
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class LogSoftmax(NamedTuple):
+    """log_softmax(z / temperature) of whole rows, as the parts that it is made of.
+
+    A log-probability is (z - high) / temperature - log_sum, in this order: z - (high + log_sum)
+    would keep only the digits that are left after those of `high`. No second array of the size of
+    `z` is made where `all` is used inside one fused loop.
+    """
+
+    z: Float[Array, "R V"]
+    high: Float[Array, "R 1"]  # the largest logit
+    log_sum: Float[Array, "R 1"]  # log of the sum of exp((z - high) / temperature)
+    temperature: float | Array
+
+    def below_high(self, z: Float[Array, "R n"]) -> Float[Array, "R n"]:
+        """(z - high) / temperature, at least LEAST."""
+        return jnp.maximum((z - self.high) / self.temperature, LEAST)
+
+    def all(self) -> Float[Array, "R V"]:
+        """Log-probabilities of all ids."""
+        return self.below_high(self.z) - self.log_sum
+
+    def at(self, ids: Int[Array, "R n"]) -> Float[Array, "R n"]:
+        """Log-probabilities of these ids; NaN for one beyond the vocabulary."""
+        return self.below_high(take(self.z, ids)) - self.log_sum
+
+
+def log_softmax(z: Float[Array, "R V"], temperature: float | Array = 1.0) -> LogSoftmax:
+    """Log-probabilities of each row, exact to float32's digits also where one is nearly 0.
+
+    The largest entry adds exactly 1 to the sum and is left out of it, so that what the others add
+    keeps its digits however little it is. A logit that lies more than -LEAST below the largest
+    (minus infinity, say) counts as that far below: differences of log-probabilities stay finite.
+    In a row of nothing else every log-probability is LEAST.
+    """
+    high = jnp.maximum(z.max(-1, keepdims=True), _LOWEST)
+    parts = LogSoftmax(z, high, jnp.zeros_like(high), temperature)
+    largest = z == high
+    others = jnp.where(largest, 0.0, jnp.exp(parts.all())).sum(-1, keepdims=True)
+    ties = jnp.maximum(largest.sum(-1, keepdims=True) - 1.0, 0.0)
+    return parts._replace(log_sum=jnp.log1p(others + ties))
 
 
 def block_top_k(
