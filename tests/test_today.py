@@ -10,7 +10,7 @@ import jax
 import pytest
 from tiny_run import copy_of, go, opened, tiny_config
 
-from oel_jax import export, nano, workdir
+from oel_jax import export, nano, study, workdir
 from oel_jax.errors import UserError
 from oel_jax.lm import chat_template
 from oel_jax.parallel import processes
@@ -38,6 +38,7 @@ def clock(monkeypatch):
         module = types.SimpleNamespace(datetime=Clock, UTC=datetime.UTC)
         monkeypatch.setattr(workdir, "datetime", module)
         monkeypatch.setattr(chat_template, "datetime", module)
+        monkeypatch.setattr(study, "datetime", module)
 
     set_to(FIRST)
     return set_to
@@ -82,6 +83,27 @@ def test_an_old_run_has_the_day_of_its_manifest(tmp_path, clock):
         write_json(tmp_path / "manifest.json", manifest | wrong)
         with pytest.raises(UserError, match="does not say when the run was started"):
             _ = Workdir(tmp_path).today
+
+
+def test_all_runs_of_a_study_have_one_date(tmp_path, clock):
+    """They share games, so that their prompts must not differ by the day."""
+    root, made = tmp_path / "study", types.SimpleNamespace(name="s", preset="")
+    with study._owned(root, made, []) as today:
+        assert today == FIRST
+    clock(LATER)
+    with study._owned(root, made, []) as today:
+        assert today == FIRST
+    # Of an older version: the date of its first run.
+    mark = read_json(root / "study.json")
+    del mark["today"]
+    write_json(root / "study.json", mark)
+    runs = [types.SimpleNamespace(workdir=root / name) for name in ("a", "b", "not_begun")]
+    for one, day in zip(runs, (LATER, FIRST + datetime.timedelta(days=1)), strict=False):
+        with Workdir(one.workdir).open(CONFIG, today=day):
+            pass
+    with study._owned(root, made, runs) as today:
+        assert today == FIRST + datetime.timedelta(days=1)
+    assert read_json(root / "study.json")["today"] == "2026-11-29T23:58:30"
 
 
 def test_all_prompts_of_a_run_have_its_date(tmp_path, clock, dated):

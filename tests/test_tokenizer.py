@@ -302,6 +302,15 @@ def test_unusable_templates(tmp_path, template, said):
         tokenizer.chat("x", thinking=True)
 
 
+def test_a_template_that_knows_one_mode_only(tmp_path):
+    template = "{% if enable_thinking %}{{ raise_exception('it cannot') }}{% endif %}"
+    template += "{{ messages[0].content }}"
+    tokenizer = load_tokenizer_with_stop(write_bpe(tmp_path, template))
+    assert tokenizer.chat("x", thinking=False) == tokenizer.encode("x")
+    with pytest.raises(UserError, match="it cannot"):
+        tokenizer.chat("x", thinking=True)
+
+
 # ---------------------------------------------------------------- SentencePiece
 
 

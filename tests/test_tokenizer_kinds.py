@@ -65,10 +65,10 @@ def write(directory: Path, backend: Tokenizer, template: str, control=(), **conf
     return directory
 
 
-def differences(directory: Path, texts=None) -> list[str]:
+def differences(directory: Path, texts=None, load=transformers.PreTrainedTokenizerFast) -> list:
     """Texts whose prompt, ids or decoded prefixes are not those of transformers."""
     ours = load_tokenizer(directory)
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    theirs = load.from_pretrained(directory)
     found = []
     for text in TEXTS + random_texts(40) if texts is None else texts:
         message = [{"role": "user", "content": text}]
@@ -225,6 +225,25 @@ def test_prompts_as_in_transformers(kind, tmp_path):
     for name, template in TEMPLATES.items():
         write(tmp_path / name, backend, template, TOKENS)
         assert differences(tmp_path / name) == [], (kind, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("metaspace_first_whole", "LlamaTokenizer"),
+        ("llama_legacy", "LlamaTokenizer"),
+        ("qwen", "Qwen2Tokenizer"),
+        ("byte_level", "GPT2Tokenizer"),
+        ("digits", "LlamaTokenizerFast"),  # as the R1 distillations name theirs
+    ],
+)
+def test_directories_that_transformers_has_written(kind, name, tmp_path):
+    """Its classes put parts of their own in the place of the file's; then the file has them."""
+    directory = write(
+        tmp_path / "a", KINDS[kind](), TEMPLATES["lines"], TOKENS, tokenizer_class=name
+    )
+    transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "b")
+    assert differences(tmp_path / "b", load=transformers.AutoTokenizer) == []
 
 
 def test_the_comparison_sees_a_blank_too_many(tmp_path, monkeypatch):

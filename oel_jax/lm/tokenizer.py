@@ -26,7 +26,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,7 @@ class Tokenizer(ABC):
         self._today = today
         self._specials = _special_texts(config)
         self._template = _template(directory, config)
+        self._prompts: dict[bool, chat_template.Prompt] = {}
         ids = {token.text: token.id for token in control}
         self.stop_ids = _stop_ids(directory, ids.get(self._specials.get("eos_token", "")))
         pad = ids.get(self._specials.get("pad_token", ""))
@@ -109,7 +109,7 @@ class Tokenizer(ABC):
         """The prompt of `chat` as control tokens and the plain text between them."""
         if not isinstance(message, str):
             message = [part if isinstance(part, str) else self.control[part] for part in message]
-        return self._prompts[thinking].fill(message)
+        return self._prompt(thinking).fill(message)
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """Ids of a prompt that is given in parts."""
@@ -123,31 +123,29 @@ class Tokenizer(ABC):
 
     def opens_thought(self, *, thinking: bool) -> bool:
         """Whether a response begins inside a thought, since the template has written `<think>`."""
-        return self._prompts[thinking].opens_thought
+        return self._prompt(thinking).opens_thought
 
-    @cached_property
-    def _prompts(self) -> dict[bool, chat_template.Prompt]:
+    def _prompt(self, thinking: bool) -> chat_template.Prompt:
+        """The template rendered with this flag; made and checked when it is first asked for."""
         if self._template is None:
             raise UserError(
                 f"{self._directory} has no chat template: add chat_template.jinja, or the field "
                 "chat_template in tokenizer_config.json, from the original model"
             )
-        try:
-            prompts = {
-                thinking: chat_template.prompt(
+        if thinking not in self._prompts:
+            try:
+                prompt = chat_template.prompt(
                     self._template,
                     self.control.values(),
                     self._specials,
                     thinking=thinking,
                     today=self._today,
                 )
-                for thinking in (True, False)
-            }
-            for prompt in prompts.values():
                 self._check(prompt)
-        except UserError as error:
-            raise UserError(f"{self._directory}: {error}") from error
-        return prompts
+            except UserError as error:
+                raise UserError(f"{self._directory}: {error}") from error
+            self._prompts[thinking] = prompt
+        return self._prompts[thinking]
 
     def _check(self, prompt: chat_template.Prompt) -> None:
         """UserError if prompts would have other ids than in transformers."""
