@@ -131,15 +131,19 @@ def micro_loss(
       params: the student's float32 masters, or its adapter where `step.lora`.
       own: the knowledge prefix as the student encodes it, where `step.own_view`; a constant.
     """
-    if step.lora:
-        student = adapted(teacher, params, step.lora, step.dtype)
-    else:
-        student = jax.tree.map(lambda leaf: leaf.astype(step.dtype), params)
+
+    def student() -> Params:
+        # Called for each use, so that the gradients of several uses meet in float32. The compiler
+        # makes one copy.
+        if step.lora:
+            return adapted(teacher, params, step.lora, step.dtype)
+        return jax.tree.map(lambda leaf: leaf.astype(step.dtype), params)
+
     stop = jax.lax.stop_gradient
-    h_s = _hidden(step, student, batch.student, None, step.remat)
+    h_s = _hidden(step, student(), batch.student, None, step.remat)
     h_t = stop(_hidden(step, teacher, batch.teacher, cache, "none"))
-    w_s, w_t = (head(step.model, side) for side in (student, teacher))
-    h_own = _hidden(step, student, batch.teacher, own, step.remat) if step.own_view else None
+    w_s, w_t = (head(step.model, side) for side in (student(), teacher))
+    h_own = _hidden(step, student(), batch.teacher, own, step.remat) if step.own_view else None
     h_aim, w_aim = h_t, w_t
     if step.trust > 0:  # a mixture of logits is the sum of those of scaled hidden states
         h_aim = ((1 - step.trust) * h_t, step.trust * stop(h_own))

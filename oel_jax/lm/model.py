@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from oel_jax.lm import weighted
 from oel_jax.lm.attention import attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.rope import cos_sin, rotate
@@ -83,7 +84,7 @@ def rms_norm(
     """Root-mean-square norm, computed in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return scale * wide.astype(x.dtype)
+    return weighted.scale(wide.astype(x.dtype), scale)
 
 
 def adapter_axes(name: str) -> dict[str, tuple[str | None, ...]]:
@@ -97,15 +98,9 @@ def low_rank(name: str, out: Array, x: Array, lora: Params) -> Array:
     if name not in lora:
         return out
     into, out_of = ADAPTABLE[name]
-    # As the weights': gathered over 'fsdp' just before use.
-    factors = {
-        side: constrain(lora[name][side], *(None if axis == "embed" else axis for axis in axes))
-        for side, axes in adapter_axes(name).items()
-    }
-    inner = jnp.einsum(
-        f"bt{into},{into}r->btr", x, factors["a"], out_sharding=out_spec("batch", None, None)
-    )
-    return out + jnp.einsum(f"btr,r{out_of}->bt{out_of}", inner, factors["b"])
+    axes = adapter_axes(name)
+    inner = weighted.project(x, lora[name]["a"], f"{into},r", axes["a"])
+    return out + weighted.project(inner, lora[name]["b"], f"r,{out_of}", axes["b"])
 
 
 class Block(nnx.Module):
@@ -146,36 +141,27 @@ class Block(nnx.Module):
         """
         lora = lora or {}
         y = rms_norm(x, self.attn_norm[...], cfg.rms_norm_eps)
-        q = checkpoint_name(self._project(y, "q", "heads", lora), "q")
-        k = checkpoint_name(self._project(y, "k", "kv_heads", lora), "k")
-        v = checkpoint_name(self._project(y, "v", "kv_heads", lora), "v")
+        q = checkpoint_name(self._project(y, "q", lora), "q")
+        k = checkpoint_name(self._project(y, "k", lora), "k")
+        v = checkpoint_name(self._project(y, "v", lora), "v")
         if cfg.qk_norm:
             q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
         q, k = rotate(q, *rope), rotate(k, *rope)
         out, kept = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        rows = out_spec("batch", None, None)
-        mixed = jnp.einsum(
-            "btnh,nhd->btd", out, constrain(self.o[...], "heads", None, None), out_sharding=rows
-        )
-        mixed = low_rank("o", mixed, out, lora)
-        x = x + checkpoint_name(mixed, "o")
+        x = x + checkpoint_name(self._project(out, "o", lora), "o")
         y = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
-        gate = jnp.einsum("btd,df->btf", y, constrain(self.gate[...], None, "mlp"))
-        up = jnp.einsum("btd,df->btf", y, constrain(self.up[...], None, "mlp"))
-        gate, up = low_rank("gate", gate, y, lora), low_rank("up", up, y, lora)
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        gated = jax.nn.silu(gate) * up
-        down = constrain(self.down[...], "mlp", None)
-        out = jnp.einsum("btf,fd->btd", gated, down, out_sharding=rows)
-        return x + low_rank("down", out, gated, lora), kept
+        gate = checkpoint_name(self._project(y, "gate", lora), "gate")
+        up = checkpoint_name(self._project(y, "up", lora), "up")
+        return x + self._project(jax.nn.silu(gate) * up, "down", lora), kept
 
-    def _project(self, y: Array, name: str, heads: str, lora: Params) -> Float[Array, "B T n H"]:
-        """A head projection; the 'fsdp' split of the weight is gathered just before use."""
-        weight = constrain(getattr(self, name)[...], None, heads, None)
-        out = low_rank(name, jnp.einsum("btd,dnh->btnh", y, weight), y, lora)
+    def _project(self, x: Array, name: str, lora: Params) -> Float[Array, "B T ..."]:
+        """`x` times the weight `name`, plus what its adapter adds, plus its bias."""
+        weight = getattr(self, name)[...]
+        out = weighted.project(x, weight, ",".join(ADAPTABLE[name]), _BLOCK_AXES[name])
+        out = low_rank(name, out, x, lora)
         bias = getattr(self, f"{name}_bias", None)
-        return out if bias is None else out + bias[...]
+        return out if bias is None else weighted.shift(out, bias[...])
 
 
 class Decoder(nnx.Module):

@@ -26,6 +26,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from oel_jax.parallel.mesh import all_rows, parts, spec
+from oel_jax.parallel.sums import rounded
 
 AT_REST = spec("vocab", "embed")  # an embedding or output matrix
 SPREAD = P(("tp", "fsdp"), None)  # the same with rows over all devices
@@ -108,21 +109,18 @@ def joined_rows(x: Array) -> Array:
 # --- the embedding --------------------------------------------------------------------------------
 
 
+@jax.custom_vjp
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of an embedding table at rest, split over the batch as `ids` are.
 
-    An id beyond the vocabulary reads its last row.
+    An id beyond the vocabulary reads its last row. The gradient of a row is summed over all tokens
+    in float32 and rounded to the table's dtype once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jnp.asarray(table).at[ids].get(mode="clip")
     if mesh.size == 1:
         return table.at[ids].get(out_sharding=P("fsdp", None, None), mode="clip")
-    return _lookup(table, ids)
-
-
-@jax.custom_vjp
-def _lookup(table: Array, ids: Array) -> Array:
     run = jax.shard_map(
         _local_lookup,
         in_specs=(AT_REST, P("fsdp", None)),
@@ -148,7 +146,7 @@ def _columns(size: int, ids: Int[Array, "b T"]) -> tuple[Array, Array]:
 
 
 def _lookup_forward(table: Array, ids: Array) -> tuple[Array, tuple]:
-    return _lookup(table, ids), (table, ids)
+    return lookup(table, ids), (table, ids)
 
 
 def _lookup_backward(saved: tuple, d_x: Float[Array, "B T D"]) -> tuple[Array, None]:
@@ -160,8 +158,12 @@ def _lookup_backward(saved: tuple, d_x: Float[Array, "B T D"]) -> tuple[Array, N
         d_x = _exchange(d_x, "fsdp", 2, 0)
         # Another device's id goes to a row that does not exist, and is dropped there.
         columns = jnp.where(here, columns, size)
-        return jnp.zeros((size, d_x.shape[-1]), d_x.dtype).at[columns].add(d_x, mode="drop")
+        total = jnp.zeros((size, d_x.shape[-1]), jnp.float32)
+        total = total.at[columns].add(d_x.astype(jnp.float32), mode="drop")
+        return rounded(total, table.dtype)
 
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(d_x, ids), None
     rows = P("fsdp", None)
     run = jax.shard_map(
         local, in_specs=(P("fsdp", None, None), rows), out_specs=AT_REST, check_vma=False
@@ -169,7 +171,7 @@ def _lookup_backward(saved: tuple, d_x: Float[Array, "B T D"]) -> tuple[Array, N
     return run(d_x, ids), None
 
 
-_lookup.defvjp(_lookup_forward, _lookup_backward)
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 # --- whole rows -----------------------------------------------------------------------------------

@@ -209,9 +209,11 @@ def _training_cost(count: _Counter, program: Program, arrays: Arrays, learns: bo
     parts = [count.weights(passes), count.activations(here * tokens, passes + more)]
     parts.append(count.head(here * responses, 4 if learns else 2))
     parts.append(count.prefix(arrays.work.knowledge))
-    if learns and not arrays.lora:  # gradients: reduced over fsdp, added to what is there
+    if (
+        learns and not arrays.lora
+    ):  # gradients: reduced over fsdp in float32, added to what is there
         size = cfg.num_layers * layer_weights(cfg) / count.tp
-        parts.append((size / count.fsdp * 12, size * count.item * count._foreign))
+        parts.append((size / count.fsdp * 12, size * 4 * count._foreign))
     return _sum(flops, parts)
 
 
