@@ -30,6 +30,7 @@ def plain(q, k, v, segments, prefix, shared):
     b, t, n, h = q.shape
     place = jnp.arange(t)
     own = (segments[:, :, None] == segments[:, None, :]) & (place[None, :] <= place[:, None])
+    own = own & (segments[:, :, None] != 0) | jnp.eye(t, dtype=bool)  # padding sees itself
     before = jnp.arange(prefix[0].shape[1]) < shared[:, :, None]
     seen = jnp.concatenate([before, own], axis=2)[:, None, None]
     keys, values = (
@@ -48,6 +49,7 @@ def rows(request, monkeypatch):
     kind = {"one by one": "cpu", "together": "default"}[request.param]
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **how: how[kind](*x))
     monkeypatch.setattr(module, "_SCORES", 3 * N * 16 * 16)  # a few rows at a time, not all
+    return request.param
 
 
 @pytest.fixture(params=[(512, (512,)), (16, (16, 12)), (7, (5,))])
@@ -142,3 +144,107 @@ def test_no_score_matrix_exists():
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 2 * 4 / 8
+
+
+# --- which tiles are worked on --------------------------------------------------------------------
+
+
+def packed(length, segments, seed=0, padding=0, left=False):
+    """One row [1, length] of segments of random sizes, and padding at an end."""
+    draw = np.random.default_rng(seed)
+    cuts = np.sort(draw.choice(np.arange(1, length - padding), segments - 1, replace=False))
+    ids = np.concatenate([[0], cuts, [length - padding]])
+    row = np.repeat(np.arange(1, segments + 1), np.diff(ids))
+    return np.pad(row, (padding, 0) if left else (0, padding))[None].astype(np.int32)
+
+
+def needed(row, queries, keys):
+    """Tiles that hold a (query, key) pair which counts, padding's own among them."""
+    place, found = np.arange(len(row)), set()
+    for q in place:
+        sees = (row[: q + 1] == row[q]) & (row[q] != 0)
+        sees[q] = True
+        found |= {(q // queries, k) for k in np.flatnonzero(sees) // keys}
+    return found
+
+
+def worked_on(segments, queries, keys):
+    """Tiles that the bounds of each row say, [(query tile, key tile)] by row."""
+    shared = np.zeros_like(segments)
+    first = np.asarray(module.reach(segments, shared, queries, keys, 1).first)
+    length = segments.shape[1]
+    return [
+        {
+            (i, j)
+            for i, start in enumerate(row)
+            for j in range(start, min(-(-(i + 1) * queries // keys), -(-length // keys)))
+        }
+        for row in first
+    ]
+
+
+@pytest.mark.parametrize("padding, left", [(0, False), (1500, False), (1500, True)])
+@pytest.mark.parametrize("queries, keys", [(256, 512), (256, 256), (100, 384)])
+def test_only_needed_tiles_of_packed_rows_are_worked_on(queries, keys, padding, left):
+    row = packed(8192, 60, padding=padding, left=left)
+    tiles = worked_on(row, queries, keys)[0]
+    assert tiles == needed(row[0], queries, keys)
+    whole = worked_on(np.ones_like(row), queries, keys)[0]
+    assert len(tiles) < len(whole) / 4
+
+
+def test_no_needed_tile_is_left_out_whatever_the_ids():
+    draw = np.random.default_rng(3)
+    rows = np.stack(
+        [
+            draw.integers(0, 4, 200),
+            draw.integers(-3, 3, 200),
+            np.sort(draw.integers(-5, 5, 200))[::-1],
+            np.repeat(draw.permutation(20), 10),
+            np.zeros(200, int),
+        ]
+    ).astype(np.int32)
+    for queries, keys in ((16, 12), (7, 30), (200, 200)):
+        for row, tiles in zip(rows, worked_on(rows, queries, keys), strict=True):
+            assert needed(row, queries, keys) <= tiles
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_tiles_of_other_segments_are_not_read(rows, monkeypatch, many):
+    """NaN there would come out as NaN, forward and backward; so would a prefix that none sees."""
+    length, queries, keys = 96, 8, 16
+    monkeypatch.setattr(module, "_KEYS", (keys,))
+    monkeypatch.setattr(module, "_SCORES", many * 2 * queries * keys)
+    segments = np.repeat([[1, 2, 3, 4, 5, 0], [7, 8, 9, 9, 9, 9]], 16, axis=1).astype(np.int32)
+    shared = np.where(np.isin(segments, (2, 9)), PREFIX, 0).astype(np.int32)
+    draw = np.random.default_rng(0)
+    q = draw.normal(size=(2, length, 2, H)).astype(np.float32)
+    sides = draw.normal(size=(2, 2, 1, length, H)).astype(np.float32)
+    prefix = draw.normal(size=(2, 1, PREFIX, H)).astype(np.float32)
+
+    @jax.jit
+    def run(q, sides, prefix):
+        def loss(q):
+            out = attention(q, *sides, segments, tuple(prefix), shared, block=queries)
+            return jnp.sum(out * out), out
+
+        (_, out), d_q = jax.value_and_grad(loss, has_aux=True)(q)
+        return out, d_q
+
+    clean = run(q, sides, prefix)
+    sides[:, :, :, 32:48] = np.nan  # segment 3 of the first row, a part of 9 in the second
+    spoilt = run(q, sides, np.full_like(prefix, np.nan))
+    reads = np.array(
+        [
+            [2 in {j for i, j in row if i == t} for t in range(12)]
+            for row in worked_on(segments, 8, 16)
+        ]
+    )
+    reads |= shared.reshape(2, 12, queries).any(-1)
+    assert 0 < reads.sum() < 24
+    if rows == "together" and many == 2:
+        reads |= reads.any(0)  # rows that are worked on at once share their tiles
+    reads = np.repeat(reads, queries, axis=1)
+    for before, after in zip(clean, spoilt, strict=True):
+        np.testing.assert_array_equal(np.isnan(after).any((2, 3)), reads)
+        np.testing.assert_array_equal(after[~reads], before[~reads])

@@ -4,7 +4,8 @@ A token sees the earlier tokens of its own segment and, before them, the beginni
 prefix that all rows share (no batch axis: nothing is copied per row). One softmax runs over both,
 carried from key tile to key tile, so attending to a cached prefix equals attending to the
 concatenated sequence. The backward pass makes the tiles again from the saved log-sum-exp, as in
-FlashAttention (Dao et al. 2022); key tiles that lie wholly after a query tile are never touched.
+FlashAttention (Dao et al. 2022). Key tiles are never touched if they lie wholly after a query tile,
+or before the first one that has a segment of it: in a packed row that is most of them.
 """
 
 from functools import partial
@@ -29,6 +30,16 @@ class _Tiles(NamedTuple):
     prefix: int
 
 
+class Reach(NamedTuple):
+    """Which key tiles a query tile works on: own ones from `first` on, prefix ones up to `shared`.
+
+    Its own last one is the one with its last query.
+    """
+
+    first: Int[Array, "*B blocks"]
+    shared: Int[Array, "*B blocks"]
+
+
 class _Rows(NamedTuple):
     """What belongs to one row, or with a leading axis to several."""
 
@@ -38,14 +49,14 @@ class _Rows(NamedTuple):
     query_segments: Int[Array, "blocks Q"]
     key_segments: Int[Array, " S"]
     shared: Int[Array, "blocks Q"]
+    reach: Reach
 
 
-class _Common(NamedTuple):
-    """What all rows share: the prefix, and how many of its tiles anyone sees."""
+class _Prefix(NamedTuple):
+    """What all rows share."""
 
     keys: Float[Array, "K P H"]
     values: Float[Array, "K P H"]
-    tiles: Int[Array, ""]
 
 
 def attention(
@@ -61,8 +72,12 @@ def attention(
     """Grouped-query attention, softmax in float32, scores scaled by H ** -0.5.
 
     Query head n reads key/value head n // (N / K). Token t of row b sees the columns up to t whose
-    segment id is its own, and the first shared[b, t] positions of the prefix. The prefix carries no
-    gradient. `block`: queries of a tile.
+    segment id is its own, and the first shared[b, t] positions of the prefix. A token of segment 0,
+    padding, sees itself in place of others. The prefix carries no gradient. `block`: queries of a
+    tile.
+
+    Any ids in any order are right; work is saved where the tokens of a segment lie side by side and
+    ids rise along the row, as in packed rows.
     """
     if prefix is None:
         none = jnp.zeros((k.shape[1], 0, k.shape[3]), k.dtype)
@@ -122,7 +137,39 @@ def _on_devices(function, arrays: tuple[Array, ...], returns: str):
 # --- one device -----------------------------------------------------------------------------------
 
 
-def _cut(block: int, q, k, v, segments, keys, values, shared) -> tuple[_Tiles, _Rows, _Common]:
+def reach(
+    segments: Int[Array, "B T"], shared: Int[Array, "B T"], queries: int, keys: int, prefix: int
+) -> Reach:
+    """What each query tile works on, for these sizes of tiles, [B, blocks].
+
+    A key tile is left out if it cannot have a segment of the query tile: the ranges of their ids,
+    padding not counted, do not meet.
+    """
+    length = segments.shape[1]
+    count, last = -(-length // queries), -(-length // keys)
+
+    def bounds(size: int) -> tuple[Array, Array]:
+        ends = jnp.iinfo(jnp.int32)
+        more = ((0, 0), (0, -length % size))
+
+        def tiled(padding: int) -> Array:
+            ids = jnp.where(segments == 0, padding, segments)
+            ids = jnp.pad(ids, more, constant_values=padding)
+            return ids.reshape(ids.shape[0], -1, size)
+
+        return tiled(ends.max).min(-1), tiled(ends.min).max(-1)
+
+    low, high = (side[:, :, None] for side in bounds(queries))
+    key_low, key_high = (side[:, None, :] for side in bounds(keys))
+    own = jnp.arange(count) * queries // keys  # with the first query: itself, if nothing before
+    tile = jnp.arange(last)
+    meets = (key_low <= high) & (low <= key_high) & (tile < own[:, None])
+    first = jnp.where(meets, tile, own[:, None]).min(-1)
+    shared = jnp.pad(shared, ((0, 0), (0, -length % queries)))
+    return Reach(first, -(-shared.reshape(-1, count, queries).max(-1) // prefix))
+
+
+def _cut(block: int, q, k, v, segments, keys, values, shared) -> tuple[_Tiles, _Rows, _Prefix]:
     """Everything in tiles: queries padded to whole ones, keys as well."""
     b, t, n, h = q.shape
     kv = k.shape[1]
@@ -137,16 +184,14 @@ def _cut(block: int, q, k, v, segments, keys, values, shared) -> tuple[_Tiles, _
     rows = _Rows(
         q,
         *(jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v)),
-        blocks(segments, -1),
-        jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-2),
+        blocks(segments, 0),
+        jnp.pad(segments, ((0, 0), (0, extra))),
         blocks(shared, 0),
+        reach(segments, shared, *tiles),
     )
     behind = -keys.shape[1] % tiles.prefix
-    common = _Common(
-        *(jnp.pad(x, ((0, 0), (0, behind), (0, 0))) for x in (keys, values)),
-        -(-shared.max() // tiles.prefix),
-    )
-    return tiles, rows, common
+    prefix = _Prefix(*(jnp.pad(x, ((0, 0), (0, behind), (0, 0))) for x in (keys, values)))
+    return tiles, rows, prefix
 
 
 def _queries(tiles: _Tiles, x: Float[Array, "B T N *H"], kv: int) -> Array:
@@ -163,20 +208,39 @@ def _back(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]
 
 
-def _over_rows(function, tiles: _Tiles, rows: tuple):
-    """Map over rows: one by one on a CPU, whose caches hold a tile; many at once elsewhere."""
-    heads = rows[0].shape[2] * rows[0].shape[3]
+def _over_rows(function, tiles: _Tiles, rows: _Rows, *rest: Array):
+    """Map over rows: one by one on a CPU, whose caches hold a tile; many at once elsewhere.
+
+    Those that are worked on at once work on the tiles that any of them needs.
+    """
+    heads = rows.q.shape[2] * rows.q.shape[3]
     many = max(1, _SCORES // (heads * tiles.queries * max(tiles.keys, tiles.prefix)))
+    count = rows.q.shape[0]
 
-    def one_by_one(*rows):
-        return jax.lax.map(lambda row: function(*row), rows)
+    def one_by_one(*all_rows):
+        return jax.lax.map(lambda row: function(*row), all_rows)
 
-    def together(*rows):
-        return jax.lax.map(lambda row: function(*row), rows, batch_size=many)
+    def at_once(all_rows):
+        rows, *rest = all_rows
+        joint = Reach(rows.reach.first.min(0), rows.reach.shared.max(0))
+        axes = _Rows(*[0] * 6, Reach(None, None)), *[0] * len(rest)
+        return jax.vmap(function, in_axes=axes)(rows._replace(reach=joint), *rest)
 
-    if rows[0].shape[0] == 1:
-        return one_by_one(*rows)
-    return jax.lax.platform_dependent(*rows, cpu=one_by_one, default=together)
+    def together(*all_rows):
+        if count <= many:
+            return at_once(all_rows)
+        whole = count // many * many
+        groups = jax.tree.map(lambda x: x[:whole].reshape(-1, many, *x.shape[1:]), all_rows)
+        done = jax.lax.map(at_once, groups)
+        done = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), done)
+        if whole == count:
+            return done
+        left = at_once(jax.tree.map(lambda x: x[whole:], all_rows))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), done, left)
+
+    if count == 1:
+        return one_by_one(rows, *rest)
+    return jax.lax.platform_dependent(rows, *rest, cpu=one_by_one, default=together)
 
 
 def _piece(x: Array, index: Array, size: int, axis: int) -> Array:
@@ -190,7 +254,7 @@ def _scores(q: Float[Array, "K G Q H"], keys: Float[Array, "K s H"], seen: Array
 
 
 class _Sees(NamedTuple):
-    """Of one query tile: what it may see, and how many own key tiles it reaches."""
+    """Of one query tile: what it may see, and where its own key tiles end."""
 
     tiles: _Tiles
     index: Array
@@ -206,23 +270,24 @@ class _Sees(NamedTuple):
         query = self.index * self.tiles.queries + jnp.arange(self.tiles.queries)
         place = tile * self.tiles.keys + jnp.arange(self.tiles.keys)
         theirs = _piece(self.key_segments, tile, self.tiles.keys, 0)
-        return (place[None, :] <= query[:, None]) & (self.segments[:, None] == theirs[None, :])
+        before = place[None, :] <= query[:, None]
+        mine = self.segments[:, None]
+        # Padding sees itself, so that its softmax is over something.
+        return before & (mine == theirs[None, :]) & (mine != 0) | (place == query[:, None])
 
     @property
-    def own_tiles(self) -> Array:
+    def own_end(self) -> Array:
         reach = -(-((self.index + 1) * self.tiles.queries) // self.tiles.keys)
         return jnp.minimum(reach, self.key_segments.shape[0] // self.tiles.keys)
 
 
 def _forward(block: int, *inputs: Array) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Output and log-sum-exp of the scores."""
-    tiles, rows, common = _cut(block, *inputs)
+    tiles, rows, prefix = _cut(block, *inputs)
 
-    def row(*parts: Array):
-        whole = _Rows(*parts)
-
+    def row(whole: _Rows):
         def tile(numbered):
-            index, q, segments, shared = numbered
+            index, q, segments, shared, reach = numbered
             sees = _Sees(tiles, index, segments, whole.key_segments, shared)
 
             def fold(carry, keys, values, seen):
@@ -239,7 +304,7 @@ def _forward(block: int, *inputs: Array) -> tuple[Float[Array, "B T N H"], Float
                 return top, total * keep + weights.sum(-1), out * keep[..., None] + part
 
             def see_prefix(i, carry):
-                pair = (_piece(x, i, tiles.prefix, 1) for x in common[:2])
+                pair = (_piece(x, i, tiles.prefix, 1) for x in prefix)
                 return fold(carry, *pair, sees.prefix(i))
 
             def see_own(i, carry):
@@ -248,13 +313,14 @@ def _forward(block: int, *inputs: Array) -> tuple[Float[Array, "B T N H"], Float
 
             zero = jnp.zeros(q.shape, jnp.float32)
             carry = (jnp.full(q.shape[:-1], _MASKED, jnp.float32), zero[..., 0], zero)
-            if common.keys.shape[1]:
-                carry = jax.lax.fori_loop(0, common.tiles, see_prefix, carry)
-            top, total, out = jax.lax.fori_loop(0, sees.own_tiles, see_own, carry)
+            if prefix.keys.shape[1]:
+                carry = jax.lax.fori_loop(0, reach.shared, see_prefix, carry)
+            top, total, out = jax.lax.fori_loop(reach.first, sees.own_end, see_own, carry)
             return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
         numbers = jnp.arange(whole.q.shape[0])
-        return jax.lax.map(tile, (numbers, whole.q, whole.query_segments, whole.shared))
+        each = (numbers, whole.q, whole.query_segments, whole.shared, whole.reach)
+        return jax.lax.map(tile, each)
 
     length = inputs[0].shape[1]
     return tuple(_back(x, length) for x in _over_rows(row, tiles, rows))
@@ -263,16 +329,14 @@ def _forward(block: int, *inputs: Array) -> tuple[Float[Array, "B T N H"], Float
 def _backward(block: int, *saved: Array) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v."""
     *inputs, out, lse, d_out = saved
-    tiles, rows, common = _cut(block, *inputs)
+    tiles, rows, prefix = _cut(block, *inputs)
     kv = inputs[1].shape[1]
     wide = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     rest = tuple(_queries(tiles, x, kv) for x in (lse, wide, d_out))
 
-    def row(*parts: Array):
-        whole, (lse, wide, d_out) = _Rows(*parts[:6]), parts[6:]
-
+    def row(whole: _Rows, lse: Array, wide: Array, d_out: Array):
         def tile(carry, numbered):
-            index, q, segments, shared, lse, wide, d_out = numbered
+            index, q, segments, shared, reach, lse, wide, d_out = numbered
             sees = _Sees(tiles, index, segments, whole.key_segments, shared)
 
             def score_gradient(keys, values, seen):
@@ -286,7 +350,7 @@ def _backward(block: int, *saved: Array) -> tuple[Array, Array, Array]:
                 return weights, change, part
 
             def see_prefix(i, d_q):
-                pair = (_piece(x, i, tiles.prefix, 1) for x in common[:2])
+                pair = (_piece(x, i, tiles.prefix, 1) for x in prefix)
                 return d_q + score_gradient(*pair, sees.prefix(i))[2]
 
             def see_own(i, carry):
@@ -305,17 +369,18 @@ def _backward(block: int, *saved: Array) -> tuple[Array, Array, Array]:
                 return d_q + part, add(d_k, change, q), add(d_v, weights, d_out)
 
             d_q = jnp.zeros(q.shape, jnp.float32)
-            if common.keys.shape[1]:
-                d_q = jax.lax.fori_loop(0, common.tiles, see_prefix, d_q)
-            d_q, *carry = jax.lax.fori_loop(0, sees.own_tiles, see_own, (d_q, *carry))
+            if prefix.keys.shape[1]:
+                d_q = jax.lax.fori_loop(0, reach.shared, see_prefix, d_q)
+            d_q, *carry = jax.lax.fori_loop(reach.first, sees.own_end, see_own, (d_q, *carry))
             return tuple(carry), d_q.astype(q.dtype)
 
         zero = jnp.zeros(whole.k.shape, jnp.float32)
         numbers = jnp.arange(whole.q.shape[0])
-        inputs = (numbers, whole.q, whole.query_segments, whole.shared, lse, wide, d_out)
+        inputs = (numbers, whole.q, whole.query_segments, whole.shared, whole.reach)
+        inputs += (lse, wide, d_out)
         (d_k, d_v), d_q = jax.lax.scan(tile, (zero, zero), inputs)
         return d_q, d_k.astype(whole.k.dtype), d_v.astype(whole.v.dtype)
 
     length = inputs[0].shape[1]
-    d_q, d_k, d_v = _over_rows(row, tiles, (*rows, *rest))
+    d_q, d_k, d_v = _over_rows(row, tiles, rows, *rest)
     return _back(d_q, length), d_k[:, :, :length], d_v[:, :, :length]
