@@ -4,14 +4,16 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from oel_jax.errors import UserError
+from oel_jax.harness import likelihood
 from oel_jax.lm.language_model import load_model
 from oel_jax.lm.requests import Request, request_key
 from oel_jax.lm.sampler import Sampler
-from oel_jax.lm.sampling import Sampling, sample
+from oel_jax.lm.sampling import Sampling, draw, sample
 from oel_jax.lm.slots import decode
 from oel_jax.parallel.mesh import make_mesh, whole
 
@@ -233,6 +235,70 @@ def test_log_prob_is_the_plain_one_at_the_temperature():
 
 
 # --- bad input ------------------------------------------------------------------------------------
+
+
+def confident_logits():
+    """[V, D] in bfloat16, and -inf: column c is what the c-th unit vector makes, exactly.
+
+    A likely token, others far below or nearly as likely, at levels up to +-1e4.
+    """
+    draw, vocabulary = np.random.default_rng(0), 72
+    columns = []
+    for level in (0, 30, 60, -200, 1e3, 1e4, -1e4):
+        for gap in (0.0, 8.0, 20.0, 60.0):
+            z = level - gap - np.abs(draw.normal(size=vocabulary)) * 2 * max(1, abs(level) / 128)
+            z[draw.integers(vocabulary)] = level
+            columns.append(z)
+    matrix = np.array(columns).T
+    matrix[-3:] = -np.inf
+    return np.asarray(jnp.asarray(matrix.astype(np.float32), jnp.bfloat16))
+
+
+def exact_log_probs(matrix, temperature=1.0):
+    """[D, V] in float64."""
+    z = matrix.T.astype(np.float64) / temperature
+    z = z - z.max(-1, keepdims=True)
+    ends = z == 0
+    others = np.where(ends, 0, np.exp(z)).sum(-1, keepdims=True)
+    ties = ends.sum(-1, keepdims=True) - 1
+    return z - np.log1p(others + ties)
+
+
+def finite(matrix):
+    """A product with -inf is NaN; the lowest number takes its place."""
+    return jnp.maximum(jnp.asarray(matrix), jnp.finfo(jnp.bfloat16).min / 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_drawn_log_probs_of_confident_tokens_are_exact(temperature):
+    matrix = confident_logits()
+    count = np.arange(matrix.shape[1], dtype=np.int32)
+    keys = np.asarray([request_key("confident", int(row)) for row in count])
+    eye = jnp.eye(len(count), dtype=jnp.bfloat16)
+    how = Sampling(temperature)
+    token, log_prob = draw(how, 70, eye, finite(matrix), len(matrix), keys, count)
+    right = exact_log_probs(
+        np.where(np.arange(72)[:, None] < 70, matrix, -np.inf), how.temperature or 1
+    )
+    right = right[count, np.asarray(token)]
+    assert (right > -1e-6).sum() >= 5 and (right < -0.1).sum() >= 1
+    np.testing.assert_allclose(log_prob, right, rtol=2e-5, atol=1e-30)
+    # Whole rows that hold -inf themselves.
+    rows = jnp.asarray(matrix.T, jnp.float32)
+    token, log_prob = sample(how, 72, rows, keys, count)
+    right = exact_log_probs(matrix, how.temperature or 1)[count, np.asarray(token)]
+    np.testing.assert_allclose(log_prob, right, rtol=2e-5, atol=1e-30)
+
+
+def test_scored_log_probs_of_confident_tokens_are_exact():
+    matrix = confident_logits()
+    width = matrix.shape[1]
+    targets = np.stack([matrix.T.argmax(-1), np.arange(width)], axis=1).astype(np.int32)
+    hidden = jnp.repeat(jnp.eye(width, dtype=jnp.bfloat16)[:, None], 2, axis=1)
+    found, likeliest = likelihood._local(len(matrix), hidden, finite(matrix), jnp.asarray(targets))
+    right = np.take_along_axis(exact_log_probs(matrix), targets, axis=1)
+    np.testing.assert_allclose(found, right, rtol=2e-5, atol=1e-30)
+    assert likeliest[:, 0].all()
 
 
 def test_a_prompt_that_cannot_fit_says_what_to_change(model):

@@ -158,8 +158,8 @@ def _local(
         h, wanted = tokens
         z = vocab.whole_rows(vocab.logits(all_rows(h), matrix), vocabulary)
         wanted = vocab.my_rows(wanted)
-        picked = vocab.take(z, wanted[:, None])[:, 0]
-        found = (picked - vocab.logsumexp(z), vocab.argmax(z) == wanted)
+        log_probs = vocab.log_softmax(z).at(wanted[:, None])[:, 0]
+        found = (log_probs, vocab.argmax(z) == wanted)
         return tuple(vocab.joined_rows(x) for x in found)
 
     values = jax.lax.map(chunk, (split(hidden, hidden.shape[2:]), split(targets, ())))

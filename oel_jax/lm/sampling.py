@@ -69,12 +69,12 @@ def sample(
 
     Returns:
       Token ids and their log-probability under softmax(logits / temperature) over ids < limit,
-      before top-k and top-p.
+      before top-k and top-p; the softmax of the logits where the temperature is 0.
     """
     z = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
-    z = z / how.temperature if how.temperature > 0.0 else z
-    token = _choose(how, z, keys, count)
-    return token, vocab.take(z, token[:, None])[:, 0] - vocab.logsumexp(z)
+    temperature = how.temperature or 1.0
+    token = _choose(how, z / temperature, keys, count)
+    return token, vocab.log_softmax(z, temperature).at(token[:, None])[:, 0]
 
 
 def draw(

@@ -144,6 +144,8 @@ def loss(params: Params, batch: Arrays, cfg: ModelConfig) -> tuple[jax.Array, ja
         # Recomputing layers is faster than keeping their activations, on a CPU too.
         hidden = forward(cfg, params, tokens, positions, segments, remat="layer")
         logits = unembed(cfg, params, hidden)
+        # First, so that the loss of a likely token is a difference of small numbers.
+        logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         each = jax.nn.logsumexp(logits, axis=-1) - picked
         mine = jax.nn.one_hot(tasks, len(TASK_NAMES))

@@ -177,12 +177,6 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 # --- whole rows -----------------------------------------------------------------------------------
 
 
-def logsumexp(z: Float[Array, "*B V"]) -> Float[Array, " *B"]:
-    """Log-sum-exp over the vocabulary."""
-    high = z.max(-1)
-    return high + jnp.log(jnp.exp(z - high[..., None]).sum(-1))
-
-
 LEAST = -1e6  # the lowest log-probability, nats: what a logit of minus infinity counts as
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
