@@ -6,7 +6,16 @@ import pytest
 import tiny_run
 from tiny_run import FIELDS
 
-from benchmarks import consolidate, loop, plan_table, readme, sampler, side_by_side, topk_kl
+from benchmarks import (
+    attention,
+    consolidate,
+    loop,
+    plan_table,
+    readme,
+    sampler,
+    side_by_side,
+    topk_kl,
+)
 from benchmarks.models import SHAPES
 from benchmarks.side_by_side import Bar
 from oel_jax import nano
@@ -77,6 +86,14 @@ def test_consolidation_compares_nothing_if_the_losses_differ(monkeypatch, tmp_pa
     with pytest.raises(UserError, match="do not compute the same loss"):
         run(monkeypatch, consolidate.main, *words, "--repeats=1", f"--out={tmp_path}")
     assert not list(tmp_path.iterdir())
+
+
+def test_attention(monkeypatch, tmp_path):
+    words = ["--tokens=1536", "--segments=12", "--heads=2", "--repeats=1", f"--out={tmp_path}"]
+    assert run(monkeypatch, attention.main, *words) == 0
+    record = json.loads(next(tmp_path.glob("attention_1536_12_2_*.json")).read_text())
+    assert record["tiles"]["packed"] < record["tiles"]["one segment"] == 12
+    assert record["bars"][0]["target"] is None and record["ratio"][0] > 0
 
 
 def test_loop(monkeypatch, tmp_path):
