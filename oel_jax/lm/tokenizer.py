@@ -151,7 +151,7 @@ class Tokenizer(ABC):
         """UserError if prompts would have other ids than in transformers."""
         known = {token.text for token in self.control.values()}
         for name, text in self._specials.items():
-            if text not in known and text in prompt.before + prompt.after:
+            if text and text not in known and text in prompt.before + prompt.after:
                 raise UserError(
                     f"the chat template shows {text!r}, the {name} of tokenizer_config.json, which "
                     "the tokenizer does not have; take all files from one model"
