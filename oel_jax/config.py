@@ -152,7 +152,8 @@ def default() -> ml_collections.ConfigDict:
     c.loss.divergence = ""  # 'reverse', 'forward', 'jsd' or ''
     c.loss.support = ""  # whose top k: 'student', 'teacher', 'union', the 'full' vocabulary, or ''
     c.loss.correction = "none"  # mass outside: 'none' leaves it out, 'renorm', 'tail' = one entry
-    # 'seq_mean' (paper), 'micro_token_mean' (released); 'trajectory_mean': a game, then all games
+    # 'seq_mean' (paper), 'micro_token_mean' (released: a mean in each micro-batch of each of
+    # drop_remainder GPUs, weighted by samples); 'trajectory_mean': a game, then all games
     c.loss.aggregation = "token_mean"  # mean over all response tokens of a step
     c.loss.chunk = 512  # response tokens whose logits exist at a time, of all devices together
 

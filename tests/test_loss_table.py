@@ -112,6 +112,11 @@ def test_a_token_without_weight_cannot_spoil_a_step(bad, correction):
     assert not np.asarray(run(*spoiled)[1][0])[weight == 0].any()
 
 
+def test_minus_log_likelihood_has_nothing_outside():
+    with pytest.raises(ValueError, match="correction must be 'none' with 'nll'"):
+        KLConfig(8, 0.7, "nll", correction="tail")
+
+
 def test_log_softmax_keeps_its_digits():
     z = np.array([
         [50.0, 20.0, 35.0, -np.inf],  # nearly certain: a log-probability of -3e-7

@@ -1,14 +1,13 @@
 """The fused top-k divergence: loss and gradient in one scan over chunks of tokens.
 
-Spec 8.3. With z the logits, tau the temperature, l = log_softmax(z / tau) of each side,
-p = exp(l_S) and S the student's top-k ids, the method's loss is the reverse KL on S, and for any
-loss D that looks at l_S on S alone
+Spec 8.3. With z the logits, tau the temperature, p and q the softmax of z / tau of student and
+teacher, and S the student's top-k ids, the method's loss is the reverse KL on S,
 
-    kl = sum over S of p (l_S - l_T)      dD / d z_j = ([j in S] g_j - p_j sum(g)) / tau
+    D = sum over S of p log(p / q)      dD / d z_j = p_j ([j in S] s_j - sum over S of p s) / tau
 
-with g = dD / d l_S (for the reverse KL g = p (l_S - l_T + 1)); `divergence.py` has the losses. So
-the backward pass needs no second softmax and no second top-k: each chunk makes its logits once,
-forms the gradient on the spot and multiplies it back into the hidden states and the output matrix.
+with the slopes s = dD / dp = log(p / q) + 1; `divergence.py` has the other losses. So the backward
+pass needs no second softmax and no second top-k: each chunk makes its logits once, forms the
+gradient on the spot and multiplies it back into the hidden states and the output matrix.
 Logits exist for `chunk` tokens at a time and never as [B, T, V]. The student's matrix costs three
 products per chunk (logits, d hidden, d matrix), the teacher's one: the minimum.
 
@@ -67,6 +66,8 @@ class KLConfig:
         ):
             if getattr(self, name) not in among:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {among}")
+        if self.divergence == "nll" and self.correction != "none":
+            raise ValueError("correction must be 'none' with 'nll', which looks at one token alone")
 
     def chunk_for(self, tokens: int) -> int:
         """The chunk size used for this many tokens."""
