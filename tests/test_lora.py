@@ -16,6 +16,7 @@ from tiny_run import copy_of, go, opened, tiny_config
 
 from oel_jax import nano
 from oel_jax.config_rules import _ADAPTABLE
+from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.lora import (
     Lora,
     abstract_adapter,
@@ -26,7 +27,7 @@ from oel_jax.distill.lora import (
     merged_layer,
     save_adapter,
 )
-from oel_jax.distill.packing import Sample, fill, plan, sample_weights
+from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, zeros_like
 from oel_jax.distill.teacher import Teacher
 from oel_jax.lm.huggingface import save_model
@@ -203,7 +204,7 @@ def lora_run(mesh, prompts, remat="none", adapter=None, **changes):
     adapter = adapter or random_adapter(CFG, LORA, mesh)
     step = StepConfig(CFG, KL, jnp.float32, remat, 256, lora=LORA.scale, **changes)
     shape, batches = plan(samples, 100_000, mesh.shape["fsdp"])
-    weights = sample_weights(samples, batches, "token_mean")
+    weights = sample_weights(samples, "token_mean")
     with jax.set_mesh(mesh):
         gradients, loss = zeros_like(adapter), 0.0
         for text, rows in batches:
@@ -280,7 +281,7 @@ def test_there_is_no_second_copy_of_the_weights():
     ids = list(range(8))
     samples = [Sample(ids, ids, 0, ids[:4], np.zeros(4, np.float32), 0) for _ in range(2)]
     shape, batches = plan(samples, 64, 1)
-    weights = sample_weights(samples, batches, "token_mean")
+    weights = sample_weights(samples, "token_mean")
     batch = fill(samples, weights, batches[0][1], shape)
     cache = jnp.zeros((cfg.num_layers, cfg.num_kv_heads, 64, cfg.head_dim))
     base = abstract_params(cfg)
