@@ -41,7 +41,10 @@ def parameters(cfg: ModelConfig) -> int:
 
 
 def own_pairs(tokens: int, block: int) -> int:
-    """(query, key) pairs of one row's tiles: those that the attention of whole rows computes."""
+    """(query, key) pairs of the tiles that attention works on where one segment fills the row.
+
+    A packed row takes fewer, by how its segments fall: this is the most it can take.
+    """
     queries, keys = min(block, tokens), key_tile(tokens)
     tiles, last = -(-tokens // queries), -(-tokens // keys)
     reach = sum(min(-(-(i + 1) * queries // keys), last) for i in range(tiles))
