@@ -22,6 +22,7 @@ import jax
 import ml_collections
 
 from benchmarks.side_by_side import RESULTS, versions
+from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
 from oel_jax.plan import recommended
 from oel_jax.planner import report
@@ -30,7 +31,6 @@ from oel_jax.planner.search import candidates
 from oel_jax.planner.shapes import KNOWN, model_shape
 from oel_jax.planner.targets import Target, find
 from oel_jax.planner.workload import Assumptions
-from oel_jax.studies.plan import load_config
 
 CONFIG = RESULTS.parent.parent / "configs" / "frozen_lake_qwen3_8b.py"
 MODELS = ("1.7B", "4B", "8B", "14B", "32B")

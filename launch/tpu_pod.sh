@@ -20,9 +20,11 @@ mount=${MOUNT:-/mnt/oel}
 given=${WORKDIR:-}
 check_config "${words[1]}"
 workdir=${given:-$mount/$workdir}
+missing=()
 for setting in ZONE TYPE VERSION NFS; do
-  [ -n "${!setting:-}" ] || fail "$setting is not set; see bash $0 --help"
+  [ -n "${!setting:-}" ] || missing+=("$setting")
 done
+[ ${#missing[@]} -eq 0 ] || fail "not set: ${missing[*]}; see bash $0 --help"
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "$name: a slice's name has only a-z, 0-9 and -"
 [[ $NFS =~ ^[^:/]+:/ ]] || fail "NFS=$NFS: write SERVER:/SHARE"
 [[ $mount = /* && $mount != / ]] || fail "MOUNT=$mount: it must be an absolute path"

@@ -4,25 +4,48 @@
 
 python=.venv/bin/python
 
-find_python() {  # prints the first Python of at least 3.11 that really starts
+is_new_enough() {  # is_new_enough PYTHON: it starts and is at least 3.11
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+version_of() {  # 3.12
+  "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")'
+}
+
+find_python() {  # prints $PYTHON, or the first Python of at least 3.11 that really starts
   local name
-  for name in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3 python3.13; do
-    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+  if [ -n "${PYTHON:-}" ]; then
+    if ! is_new_enough "$PYTHON"; then
+      echo "error: PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 | head -n 1 || true); oel_jax needs" \
+        "Python 3.11 or newer. Name another one, or leave PYTHON= away to have one looked for" >&2
+      return 2
+    fi
+    echo "$PYTHON"
+    return
+  fi
+  for name in python3.12 python3.11 python3 python3.13; do
+    if is_new_enough "$name"; then
       echo "$name"
       return
     fi
   done
-  echo "oel_jax needs Python 3.11 or newer and found none (tried ${PYTHON:+$PYTHON, }python3.12," \
-    "python3.11, python3, python3.13). Install one, or name it: PYTHON=... bash $0" >&2
-  return 1
+  echo "error: oel_jax needs Python 3.11 or newer and found none (tried python3.12, python3.11," \
+    "python3, python3.13). Install one, or name it: PYTHON=... bash $0" >&2
+  return 2
 }
 
 make_venv() {
   local base
-  if "$python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+  if is_new_enough "$python" && "$python" -c 'import pip' >/dev/null 2>&1; then
+    [ -n "${PYTHON:-}" ] || return 0
+    base=$(find_python) || return
+    if [ "$(version_of "$base")" != "$(version_of "$python")" ]; then
+      echo "note: .venv is there, with Python $(version_of "$python"); PYTHON=$PYTHON counts when" \
+        ".venv is made. Delete .venv to have it made again" >&2
+    fi
     return
   fi
-  base=$(find_python) || return 1
+  base=$(find_python) || return
   echo "Making .venv with $("$base" --version)"
   if ! "$base" -m venv --clear .venv; then
     echo "$base cannot make a virtual environment; on Debian and Ubuntu install its -venv" \

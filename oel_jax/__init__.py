@@ -1,13 +1,28 @@
 """Online Experiential Learning in pure JAX/Flax.
 
-`load_model` is here for notebooks; the loop is `python -m oel_jax.main` (start reading at
-`oel_jax/loop.py`). Nothing heavy is imported until it is used.
+`load_model` and `load_config` are here for notebooks; the loop is `python -m oel_jax.main` (start
+reading at `oel_jax/loop.py`). Nothing heavy is imported until it is used.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-_PUBLIC = {"LanguageModel": "oel_jax.lm.language_model", "load_model": "oel_jax.lm.language_model"}
+_PUBLIC = {
+    "LanguageModel": "oel_jax.lm.language_model",
+    "load_config": "oel_jax.config_file",
+    "load_model": "oel_jax.lm.language_model",
+}
+
+if sys.argv[:1] == ["-m"]:  # a command, whose module is about to be imported
+    _needed = ("absl", "flax", "jax", "ml_collections", "numpy", "optax", "tensorboard")
+    if _missing := [name for name in _needed if find_spec(name) is None]:
+        sys.stderr.write(
+            f"error: {sys.executable} has no {', '.join(_missing)}: this is not the environment of "
+            "oel_jax. Use `source .venv/bin/activate`; `bash launch/local.sh` makes .venv\n"
+        )
+        sys.exit(2)
 
 
 def __getattr__(name: str) -> Any:

@@ -76,7 +76,7 @@ def default() -> ml_collections.ConfigDict:
     c.extract = e = ml_collections.ConfigDict()
     e.chains = 10  # K: knowledge texts, one per chain of accumulation
     e.n = 25  # the text after this many trajectories is the one that is used
-    e.n_run = 25  # trajectories per chain; more than n only lengthens the accumulation curve
+    e.n_run = 25  # trajectories per chain; beyond n (released: 2n) they only lengthen the curve
     e.version = "v4"  # 'v3' = unstructured text, 'v4' = items
     e.previous = True  # the extractor sees the knowledge gathered so far
     e.l_max = 8192  # longest knowledge text and the extractor's budget, in tokens
@@ -102,7 +102,7 @@ def default() -> ml_collections.ConfigDict:
     e.no_op = False  # tell the extractor how to say that a game teaches nothing new
 
     c.preflight = p = ml_collections.ConfigDict()  # does knowledge help? before consolidation
-    p.games = 16  # boards played without knowledge and with each text; 0 = no pre-flight
+    p.games = 16  # boards with each text and without, which are won or lost; 0 = no pre-flight
     p.on_harm = "warn"  # 'stop': end the run if the gain is surely below least_gain
     p.least_gain = 0.0  # mean gain in pass rate that the texts should bring
 

@@ -51,6 +51,7 @@ from oel_jax.metrics import read as read_metrics
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import device_bytes, put_batch
 from oel_jax.profiling import StepTrace
+from oel_jax.progress import Progress
 from oel_jax.rollouts import demonstrated, header, on_policy
 from oel_jax.run import Run
 from oel_jax.trajectories import prefixes, read
@@ -87,6 +88,7 @@ class _Round:
     step: StepConfig
     add: Accumulator
     tx: Any
+    progress: Progress
 
 
 def consolidate(run: Run, round_number: int) -> list[Path]:
@@ -122,11 +124,12 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         teacher.prepare([each.prompt for each in some], [own[each.game] for each in some])
         _follow(run, student, teacher)
         add = Accumulator(step_config, _held(run, student, teacher, sampler))
-        this = _Round(run, round_number, teacher, head, sampler, step_config, add, tx)
         with (
             StepTrace(run.config.profile, traces) as trace,
             run.progress(settings.steps, "steps", label, done=student.step) as progress,
         ):
+            progress.follow(tokens=lambda: sampler.written)
+            this = _Round(run, round_number, teacher, head, sampler, step_config, add, tx, progress)
             stopped = None
             while student.step < settings.steps and not stopped:
                 trace.before(student.step + 1)
@@ -143,6 +146,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
                 if noticed:
                     checkpoints.wait()
                     raise preemption.Preempted
+                progress.say("")
                 progress.update(note=_note(values))
         checkpoints.wait()
         files = [run.workdir.policy(round_number)]
@@ -323,6 +327,7 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
     if settings.mode == "on_policy":
         if "teacher" in parts(settings):
             teacher.model.params = to_host(teacher.model.params)
+        this.progress.say("the student answers")
         # Nothing here holds on to these weights: in bfloat16 they are a copy that has to go.
         samples, stopped = on_policy(
             run, this.number, number, _weights(this, student), teacher, this.head, this.sampler
@@ -374,7 +379,8 @@ def _train(
     total, reader, own = None, None, {}
     if this.step.own_view:
         reader = _weights(this, student)
-    for text, rows in batches:
+    for index, (text, rows) in enumerate(batches, 1):
+        this.progress.say(f"micro-batch {index} of {len(batches)}")
         filled = fill(samples, weights, rows, shape, run.config.sampler.max_response, PLACES)
         if reader is not None and text not in own:
             own = {text: teacher.read_by(reader, text)}  # batches come text by text: one is held

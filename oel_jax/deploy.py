@@ -24,8 +24,9 @@ from oel_jax.lm.prefix import SHARED_FROM, common_prefix
 from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
-from oel_jax.metrics import Progress, table
+from oel_jax.metrics import table
 from oel_jax.parallel import processes
+from oel_jax.progress import Progress
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn, read, write_line
@@ -134,6 +135,15 @@ def play(
         for job in waiting:
             yield _Seat(run, model, job, prefixes[job.knowledge]).request()
 
+    turns = answered = 0
+    before, still = sampler.generated, progress.total - progress.done
+
+    def most() -> float:
+        """Tokens of all games if none ended early and answers stayed as long as so far."""
+        each = answered / turns if turns else run.config.sampler.max_response
+        return still * games.MAX_TURNS * each
+
+    progress.follow(most, turns=lambda: turns, tokens=lambda: sampler.written - before)
     newcomers = sit()
     sampler.submit(islice(newcomers, seats))
     while sampler.busy:
@@ -141,6 +151,8 @@ def play(
         for done in sampler.poll(model.params):
             seat = done.tag
             seat.respond(done)
+            turns += 1
+            answered += len(done.ids)
             if not seat.played.game.done:
                 sampler.submit([seat.request()])
                 continue

@@ -152,6 +152,7 @@ def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> di
         "turns": float(np.mean(turns)),
         "games": len(records),
         "boards": len(set(boards)),
+        "board_of": [list(dict.fromkeys(boards)).index(board) for board in boards],  # of each map
         "per_seed": passes.mean(axis=1).tolist(),
         "passed": ["".join("01"[won] for won in row) for row in passes.astype(int)],
     }

@@ -88,7 +88,9 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
         _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics
     label = f"round {round_number} extract"
     done = sum(chain.done for chain in chains)
-    with run.progress(config.n_run * len(chains), "calls", label, done=done) as progress:
+    calls = config.n_run * len(chains)
+    with run.progress(calls, "calls", label, done=done) as progress:
+        progress.follow(lambda: (calls - done) * budget, tokens=lambda: sampler.written)
         for start in range(first + 1, config.n_run + 1, width):
             preemption.stop_if_noticed()
             steps = range(start, min(start + width, config.n_run + 1))

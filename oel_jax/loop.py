@@ -26,6 +26,7 @@ from oel_jax.deploy import demonstrate, deploy
 from oel_jax.errors import UserError
 from oel_jax.evaluate import evaluate
 from oel_jax.extract import extract
+from oel_jax.gains import gains, mean_error, sentence
 from oel_jax.metrics import duration, table
 from oel_jax.parallel import processes
 from oel_jax.preflight import heed, preflight
@@ -48,6 +49,7 @@ _NEEDS = {
 def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
     """Run all rounds; `stages` limits what is done, finished stages are skipped."""
     print(negative_control.announcement(run.config), end="")
+    _say_rounds(run)
     began, compiled = time.monotonic(), compile_seconds()
     if "evaluate" in stages:
         _stage(run, 0, "evaluate", lambda: _evaluate_start(run))
@@ -67,12 +69,11 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
             missing = _missing(run, number, stage)
             if missing:
                 _summary(run)
-                needs = f"round {number}: {stage} needs {' and '.join(missing)} first; add it to "
-                needs += "--stages and run the same command again"
-                if missing != [_before(number)]:
-                    raise UserError(needs)
-                print(needs)  # the last round's model is not there: as far as these stages go
-                return
+                raise UserError(
+                    f"round {number}: {stage} needs {' and '.join(missing)} first; add it to "
+                    "--stages and run the same command again. What --stages asked for before that "
+                    "is done"
+                )
             if stage == "consolidate":
                 _heed_preflight(run, number)
             _stage(run, number, stage, work[stage])
@@ -83,6 +84,17 @@ def learn(run: Run, stages: Sequence[str] = STAGES) -> None:
             print(_round_table(run, number))
     compiled = compile_seconds() - compiled
     print(f"\nall: {duration(time.monotonic() - began)}, {compiled:.1f} s of it compiling")
+
+
+def _say_rounds(run: Run) -> None:
+    """Whoever asks for fewer rounds than are there is told so."""
+    there, asked = run.workdir.rounds() if processes.is_first() else 0, run.config.rounds
+    if there > asked:
+        print(
+            f"note: config.rounds={asked}, and this workdir has {there} rounds. What is there is "
+            f"kept and shown; nothing is done after round {asked}. For a run of {asked} round(s) "
+            "take a new --workdir"
+        )
 
 
 def _missing(run: Run, number: int, stage: str) -> list[str]:
@@ -266,7 +278,7 @@ def _short(file: Path) -> dict[str, Any] | None:
 
 
 def _summary(run: Run) -> None:
-    """summary.json: the start, and per round both evaluations and the seconds of each stage.
+    """summary.json: the start, and per round both evaluations, gains, the seconds of each stage.
 
     report.html shows the same and more.
     """
@@ -274,16 +286,17 @@ def _summary(run: Run) -> None:
         return
     workdir = run.workdir
     rounds = []
-    for number in range(1, run.config.rounds + 1):
-        seconds = workdir.seconds(number)
-        if not seconds:
-            break
+    found = gains(workdir, workdir.rounds())
+    for number in range(1, workdir.rounds() + 1):
         entry: dict[str, Any] = {"round": number}
         for name in ("in_context", "consolidated"):
             entry[name] = _short(workdir.evaluation(number, name))
-        rounds.append(entry | {"seconds": seconds})
+        gained = found[number - 1]
+        entry["gain"] = {key: gained[key] for key in ("in_context", "after", "error")}
+        rounds.append(entry | {"seconds": workdir.seconds(number)})
     start = _short(workdir.start_evaluation)
     summary = negative_control.mark(run.config) | {"start": start, "rounds": rounds}
+    summary["gain_error"] = mean_error(found)
     write_json(workdir.summary_file, summary)
     report.write(workdir)
 
@@ -297,7 +310,7 @@ def _rate(result: dict[str, Any] | None) -> str:
 
 def _round_table(run: Run, number: int) -> str:
     """The short table that ends a round."""
-    workdir, config = run.workdir, run.config.evaluate
+    workdir = run.workdir
     before = (
         workdir.start_evaluation if number == 1 else workdir.evaluation(number - 1, "consolidated")
     )
@@ -320,11 +333,14 @@ def _round_table(run: Run, number: int) -> str:
             row.append(_rate(part) if part["maps"] == unseen else "-")
         rows.append(row)
     text = negative_control.announcement(run.config) + table(rows, headers)
-    text += f"\n{config.maps} held-out maps x {config.seeds} games each"
+    maps, seeds = len(last["passed"][0]), len(last["passed"])  # as measured, whatever the config
+    text += f"\n{maps} held-out maps x {seeds} games each"
     if "random_policy" in last:
         text += (
             f"; a random policy passes {last['random_policy']:.2%}, "
             f"perfect play {last['perfect_play']:.1%}"
         )
     seconds = (f"{stage} {value:.0f}" for stage, value in workdir.seconds(number).items())
+    gained = sentence(gains(workdir, number), number)
+    text += f"\n{gained}" if gained else ""
     return f"{text}\nseconds per stage: {', '.join(seconds)}"

@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from oel_jax import preemption
+from oel_jax.config_file import check_config, existing, explain
 from oel_jax.errors import UserError
 from oel_jax.workdir import STAGES
 
@@ -90,9 +91,11 @@ def run(
 def _run_together() -> None:
     """Meet the other processes, if there are any; run; stop with them."""
     from oel_jax.parallel import processes
+    from oel_jax.parallel.mesh import all_devices
 
     f = _FLAGS
     processes.join(processes.find_cluster(f.coordinator, f.processes, f.process_id))
+    all_devices()  # a driver that does not work is named before anything asks for it
     preemption.listen()
     processes.quiet()
     others = processes.StopTogether(Path(f.workdir))
@@ -127,41 +130,64 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     return "".join(traceback.format_exception(error)), 1
 
 
-def _check_arguments(argv: Sequence[str]) -> None:
-    """What absl would answer with a traceback: no such config file, no such config field."""
+def _check_arguments(argv: Sequence[str]) -> str:
+    """What absl would answer with a traceback: no such config file, no such config field.
+
+    Returns:
+      the config file, '' if none is given.
+    """
     from oel_jax.config import check_field
 
+    config_file = ""
     for argument, following in pairwise([*argv[1:], ""]):
         flag, equals, value = argument.partition("=")
         flag = flag.lstrip("-")
         if not argument.startswith("-"):
             continue
         if flag == "config":
-            file = (value if equals else following).partition(":")[0]
-            if not file.endswith(".py") or not Path(file).is_file():
-                raise UserError(
-                    f"--config={file}: there is no such Python file; try one of configs/*.py"
-                )
+            config_file = existing(value if equals else following)[0]
         elif flag.removeprefix("no").startswith("config."):
-            check_field(flag.removeprefix("no").removeprefix("config."))
+            path = flag.removeprefix("no").removeprefix("config.")
+            check_field(path)
+            _check_number(path, value if equals else following)
+    return config_file
+
+
+def _check_number(path: str, text: str) -> None:
+    """Where absl's parser would speak of invalid literals and bases."""
+    from oel_jax.config import refuse
+    from oel_jax.config_rules import rules
+
+    must = rules()[path](None) or ""
+    kind = int if must.startswith("an integer") else float if must.startswith("a number") else str
+    try:
+        kind(text)
+    except ValueError:
+        refuse(path, text, must)
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with one message and exit status 2 for every mistake."""
+    file = ""
+    logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is said below
     try:
-        _check_arguments(argv)
+        file = _check_arguments(argv)
         rest = _FLAGS(argv)
+        if file:
+            check_config(file, _FLAGS.config)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; config fields are set by --config.NAME=VALUE")
         return rest
-    except flags.Error as error:
-        own, cause = error, error.__context__
-        while cause is not None:  # ml_collections wraps what get_config raised in tracebacks
-            own = cause if isinstance(cause, UserError) else own
-            cause = cause.__context__
-        _fail(own)
     except UserError as error:
         _fail(error)
+    except flags.Error as error:
+        # A ValueError of the config file arrives as one of these.
+        inside = file and error.__context__ and str(error).startswith("flag --config=")
+        _fail(explain(file, error.__context__) if inside else error)
+    except Exception as error:
+        if not file:
+            raise
+        _fail(explain(file, error))
 
 
 def _fail(error: BaseException) -> None:

@@ -10,17 +10,16 @@ written by the `tensorboard` package alone; TensorFlow is never imported. Import
 
 import json
 import math
-import shutil
 import struct
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
@@ -40,7 +39,6 @@ class Metrics:
 
     def __init__(self, workdir: Workdir, tensorboard: bool = True):
         self._path = workdir.metrics_file
-        self._name = workdir.root.absolute().name
         self._tensorboard = workdir.tensorboard if tensorboard else None
         self._writers: dict[Path, EventFileWriter] = {}
         # A kill may have left half a line behind: it was never a metric.
@@ -151,8 +149,14 @@ class Metrics:
             path: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
             for path, value in fields.items()
         }
-        # The run's name joins what a resumed run writes to what was there before.
-        self._event("hparams", 0, summary=hparams_pb(shown, trial_id=self._name))
+        made = hparams_pb(shown, trial_id="")
+        # TensorBoard shows the mean of trials that have one name. Without a name a trial is called
+        # by the place of its files below --logdir, which no two runs share.
+        plugin = made.value[0].metadata.plugin_data
+        started = HParamsPluginData.FromString(plugin.content)
+        started.session_start_info.group_name = ""
+        plugin.content = started.SerializeToString()
+        self._event("hparams", 0, summary=made)
         summary = summary_pb2.Summary(
             value=[
                 summary_pb2.Summary.Value(tag=name, simple_value=value)
@@ -258,78 +262,6 @@ def _json_number(value: float) -> float | str:
 
 
 # --- console --------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Progress of one long stage: count, rate, time left.
-
-        with Progress(64, "games", "round 1 deploy") as progress:
-            for game in games: ...; progress.update(note="loss 0.21")
-
-    On a terminal one line is rewritten in place; in a file or pipe a new line appears at most every
-    `every` seconds. The first and the last state are always shown.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        unit: str,
-        label: str,
-        every: float = 5.0,
-        done: int = 0,
-        stream: TextIO | None = None,
-    ):
-        """`done` units were finished by an earlier run: they count, but not for the rate."""
-        self.total, self.unit, self.label, self.every = total, unit, label, every
-        self.done = self._first = done
-        self._stream = sys.stdout if stream is None else stream
-        self._tty = self._stream.isatty()
-        self._start = time.monotonic()
-        self._shown_at = -math.inf
-        self._shown_done = -1
-        self._width = 0
-        self._note = ""
-
-    def update(self, count: int = 1, note: str = "") -> None:
-        """`count` more units are done; `note` (e.g. the loss) stands behind the numbers."""
-        self.done += count
-        self._note = note or self._note
-        wait = min(self.every, 0.2) if self._tty else self.every
-        if time.monotonic() - self._shown_at >= wait:
-            self._show()
-
-    def line(self) -> str:
-        """The current state as one line."""
-        seconds = time.monotonic() - self._start
-        made = self.done - self._first
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}"
-        # The first few units pay for compilation: a rate from them alone would mislead.
-        if made >= 0.05 * (self.total - self._first) and made and seconds > 0:
-            rate = made / seconds
-            per = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
-            left = (self.total - self.done) / rate
-            when = f"ETA {duration(left)}" if self.done < self.total else f"in {duration(seconds)}"
-            text += f", {per}, {when}"
-        return f"{text} | {self._note}" if self._note else text
-
-    def _show(self, last: bool = False) -> None:
-        text = self.line()
-        if self._tty:
-            text = text[: shutil.get_terminal_size().columns - 1]
-            self._stream.write("\r" + text.ljust(self._width) + ("\n" if last else ""))
-            self._width = len(text)
-        elif self._shown_done != self.done:
-            self._stream.write(text + "\n")
-        self._stream.flush()
-        self._shown_done = self.done
-        self._shown_at = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        self._show()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._show(last=True)
 
 
 def duration(seconds: float) -> str:

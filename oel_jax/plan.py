@@ -3,7 +3,8 @@
 Compiles the run's own programs for devices that are not at hand, and says whether they fit, what
 limits them and what a round should take. Nothing is loaded, downloaded or run.
 
-    --target=v5p:4x4x4, v5e:4x4, v6e:16x16     a TPU slice; needs libtpu, but no TPU
+    --target=v5p:4x4x4, v5e:4x4, v6e:16x16     a TPU slice; needs libtpu (not with --no_compile),
+                                               but no TPU
     --target=h200:8, h100:8                    GPUs; compiled with JAX's CUDA plugin, if installed
     --target=cpu:8                             virtual devices of this machine, to try it
     --config.FIELD=VALUE                       another value for this plan
@@ -26,6 +27,7 @@ import jax
 import ml_collections
 
 from oel_jax.config import check_field, has_extractor, validate
+from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.planner import report
@@ -35,7 +37,6 @@ from oel_jax.planner.search import flags, on_target, ranked
 from oel_jax.planner.shapes import model_shape
 from oel_jax.planner.targets import Target, find
 from oel_jax.planner.workload import Assumptions
-from oel_jax.studies.plan import load_config
 from oel_jax.study import config_changes
 
 TRIED = 3  # recommended meshes that are compiled, at most
@@ -116,11 +117,11 @@ def with_compiler(plan: Plan, only: Sequence[str]) -> Plan:
     """
     done: dict[str, Compiled] = {}
     with _no_cache():
-        for name, program in plan.programs.items():
-            if (only and name not in only) or name.endswith(", usual"):
-                continue
-            began = time.perf_counter()
-            print(f"  compiling {name} ... ", end="", file=sys.stderr, flush=True)
+        names = [n for n in plan.programs if (not only or n in only) and not n.endswith(", usual")]
+        for number, name in enumerate(names, 1):
+            program, began = plan.programs[name], time.perf_counter()
+            what = f"  compiling {number} of {len(names)}, {name} ... "
+            print(what, end="", file=sys.stderr, flush=True)
             done[name] = compiled(program)
             print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return replace(plan, compiled=done)
@@ -142,8 +143,7 @@ def _no_cache() -> Iterator[None]:
 
 def _config(text: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
     """FILE.py or FILE.py:PRESET with changed fields, checked."""
-    file, _, preset = text.partition(":")
-    config = load_config(Path(file), preset or None)
+    config = load_config(text)
     for path in changes:
         check_field(path)
     with config.ignore_type():
@@ -185,7 +185,7 @@ def _assumptions(config: ml_collections.ConfigDict, options: argparse.Namespace)
 def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
     config = _config(options.config, changes)
     assumed = _assumptions(config, options)
-    target = find(options.target)
+    target = find(options.target, compiling=not options.no_compile)
     if options.memory_gb is not None:
         if not options.memory_gb > 0:
             raise UserError(f"--memory_gb={options.memory_gb:g}: give a number above 0")

@@ -2,8 +2,13 @@
 
 P_r plays some boards without knowledge, and the same boards with each of the K texts in its prompt.
 Consolidation draws the texts with equal chances and trains the student towards what the model does
-with them (paper Eq. 2), so the mean gain over the texts is the gain to expect of it. The paper does
-not ask; a text that misleads in context would be trained into the weights all the same.
+with them (paper Eq. 2), so their mean gain in context is what there is to be learned. How much of
+it is learned is another matter: `gains` puts both side by side. The paper does not ask; a text that
+misleads in context would be trained into the weights all the same.
+
+The gain is made of wins and losses, which the method itself never reads. It changes nothing that is
+trained; it only warns, or ends the run with `preflight.on_harm='stop'`. The presets 'paper' and
+'released' turn the pre-flight off.
 
 The boards follow those of the round's deployment in the same numbering: not the held-out ones, and
 not those whose prefixes are trained on. (A game with as few boards as Frozen Lake repeats them.)
@@ -20,6 +25,7 @@ from oel_jax import games
 from oel_jax.deploy import Job, Played, forget_records, play_recorded
 from oel_jax.errors import UserError
 from oel_jax.experience import empty_on_purpose, texts_of_round
+from oel_jax.gains import points
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.metrics import table
 from oel_jax.parallel import processes
@@ -74,6 +80,10 @@ def heed(run: Run, round_number: int) -> None:
                 f"round {round_number}: consolidate needs preflight first, since "
                 "config.preflight.on_harm='stop'; add it to --stages and run the same command again"
             )
+        print(
+            f"note: round {round_number}: preflight is not among --stages and was not done before: "
+            "the knowledge is consolidated without a measurement of its gain in context"
+        )
         return
     result = run.read_json(run.workdir.preflight(round_number))
     gain, (low, high), least = result["gain"], result["ci95"], config.least_gain
@@ -81,10 +91,13 @@ def heed(run: Run, round_number: int) -> None:
         return
     helps = "does not help" + (" enough" if gain > 0 else "")
     what = (
-        f"round {round_number}: knowledge {helps} in context: the predicted gain is "
-        f"{_points(gain, low, high)}, not above config.preflight.least_gain={least:g} "
+        f"round {round_number}: knowledge {helps} in context: the gain in context is "
+        f"{points(gain, (low, high))}, not above config.preflight.least_gain={least:g} "
         f"({100 * least:+.1f} points)"
     )
+    if run.config.negative_control != "none":
+        print(f"note: {what}. This run is broken on purpose (config.negative_control)")
+        return
     fixes = "another config.extract.n, extract.l_max or extractor (config.extract.model_path)"
     if high < least and config.on_harm == "stop":
         raise UserError(
@@ -214,24 +227,20 @@ def _log(run: Run, round_number: int, result: dict[str, Any]) -> None:
     run.metrics.scalars("preflight", round_number, values, round=round_number)
 
 
-def _points(gain: float, low: float, high: float) -> str:
-    return f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
 def _table(round_number: int, result: dict[str, Any]) -> str:
-    """What the console shows: each text beside none, and the gain to expect."""
+    """What the console shows: each text beside none, and the mean gain."""
     without = result["without"]
     rows = [["without knowledge", f"{without['pass_rate']:.1%}", "", _length(without)]]
     for text in result["texts"]:
-        gain = _points(text["gain"], *text["ci95"])
+        gain = points(text["gain"], text["ci95"])
         row = [f"text of chain {text['chain']}", f"{text['pass_rate']:.1%}", gain, _length(text)]
         rows.append(row)
     headers = [f"round {round_number} pre-flight", "pass rate"]
     headers += ["gain [95 % interval]", "tokens/answer"]
-    predicted = _points(result["gain"], *result["ci95"])
     return (
-        f"{table(rows, headers)}\npredicted gain of consolidation, the mean over the texts: "
-        f"{predicted}, from {result['games']} games each on {result['boards']} boards"
+        f"{table(rows, headers)}\ngain in context, the mean over the texts: "
+        f"{points(result['gain'], result['ci95'])}, from {result['games']} games each on "
+        f"{result['boards']} boards; what consolidation keeps of it is measured after it"
     )
 
 

@@ -14,6 +14,11 @@ from oel_jax.errors import UserError
 # Row 0 is for what the section does not list: the paper says nothing, the released code differs.
 ROWS: tuple[tuple[int, str, Any, Any], ...] = (
     (0, "extract.history_markers", "text", "tokens"),
+    # The text after n games is used (spec 2.1); the released scripts play and read 2n, which only
+    # lengthens the curve and doubles the cost of extraction: n by default.
+    (0, "extract.n_run", lambda c: c.extract.n, lambda c: 2 * c.extract.n),
+    # Ours alone. It reads wins and losses (to warn, never to train), which both do without.
+    (0, "preflight.games", 0, 0),
     (1, "deploy.games_per_step", 64, 128),
     (2, "loss.aggregation", "seq_mean", "micro_token_mean"),
     (3, "loss.temperature", 1.0, 0.7),

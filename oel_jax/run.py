@@ -20,9 +20,10 @@ from oel_jax.lm.requests import request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.lm.tokenizer import load_tokenizer
-from oel_jax.metrics import Metrics, Progress
+from oel_jax.metrics import Metrics
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import whole
+from oel_jax.progress import Progress
 from oel_jax.workdir import Workdir, read_json
 
 LANES = 4  # knowledge texts that are played with at the same time, at most

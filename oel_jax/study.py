@@ -21,10 +21,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from oel_jax.config import as_json
+from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
 from oel_jax.metrics import printable
 from oel_jax.studies.plan import (
@@ -36,7 +38,6 @@ from oel_jax.studies.plan import (
     Study,
     Variant,
     load,
-    load_config,
     runs,
 )
 from oel_jax.workdir import Workdir, lock_directory, read_json, write_bytes, write_json
@@ -71,7 +72,7 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
         from oel_jax.studies.plots import draw
         from oel_jax.studies.results import Results
 
-        results = Results(study, planned, failed)
+        results = Results(*_with_earlier_seeds(study, planned, root), failed)
         write_json(root / "results.json", results.as_json())
         write_bytes(root / "results.csv", results.csv().encode("utf-8"))
         plots = draw(results, root / "plots")
@@ -118,6 +119,25 @@ def _first_day(planned: Sequence[Planned]) -> datetime.datetime:
     old = [Workdir(one.workdir) for one in planned]
     days = [workdir.today for workdir in old if workdir.manifest_file.exists()]
     return min(days, default=datetime.datetime.now())
+
+
+def _with_earlier_seeds(
+    study: Study, planned: Sequence[Planned], root: Path
+) -> tuple[Study, Sequence[Planned]]:
+    """The study with the seeds that it was run with before, which a smaller --seeds leaves out."""
+    last = read_json(root / "results.json") if (root / "results.json").exists() else {}
+    before = last.get("seeds", []) if isinstance(last, dict) else []
+    left_out = [seed for seed in before if seed not in study.seeds]
+    if not left_out:
+        return study, planned
+    print(
+        f"note: the seeds {', '.join(map(str, study.seeds))} were asked for; this workdir also has "
+        f"{', '.join(map(str, left_out))}, which stay in tables and plots"
+    )
+    # In the order of before: a variant that is run with the first seeds only keeps them.
+    new = [seed for seed in study.seeds if seed not in before]
+    whole = replace(study, seeds=(*before, *new))
+    return whole, runs(whole, root)
 
 
 def _check_old_runs(planned: Sequence[Planned]) -> None:

@@ -56,7 +56,7 @@ def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 # Config fields (or groups of them) that may differ when a run goes on, each with the reason.
 FREE_FIELDS = {
-    "rounds": "more rounds extend a run; finished ones stay",
+    "rounds": "more rounds extend a run; with fewer, those that are there stay",
     "log": "what is printed and drawn",
     "mesh": "the same computation on other devices",
     "sampler.slots": "a game's randomness does not depend on who else is in the batch",
@@ -208,6 +208,15 @@ class Workdir:
     # --- names ------------------------------------------------------------------------------------
 
     @property
+    def label(self) -> str:
+        """What to call the run: the directory's name; in a study its place below the study's."""
+        root = self.root.absolute()
+        for above in root.parents[:2]:  # STUDY/VARIANT/seed_S
+            if (above / "study.json").is_file():
+                return root.relative_to(above).as_posix()
+        return root.name
+
+    @property
     def config_file(self) -> Path:
         return self.root / "config.json"
 
@@ -324,6 +333,8 @@ class Workdir:
         try:
             config = json.loads(json.dumps(config, allow_nan=False))
             if self.config_file.exists():
+                if "rounds" in config and self.manifest_file.exists():
+                    config["rounds"] = max(config["rounds"], self.rounds())  # none is forgotten
                 self._compare_config(config, allow_change)
             else:
                 if self.manifest_file.exists():
@@ -465,6 +476,10 @@ class Workdir:
             if (entry["round"], entry["stage"]) == (round_number, _checked_name(stage)):
                 return entry
         return None
+
+    def rounds(self) -> int:
+        """The last round of which a stage is finished; 0 for none."""
+        return max((entry["round"] for entry in self._read_manifest()["stages"]), default=0)
 
     def seconds(self, round_number: int) -> dict[str, float]:
         """Stage -> wall-clock seconds of the finished stages of a round."""

@@ -187,6 +187,8 @@ def test_presets_are_the_columns_of_section_12():
     # field -> default, paper, released; typed from the table, not from the code
     columns = {
         "deploy.games_per_step": (64, 64, 128),
+        "extract.n_run": (25, 25, 50),  # spec 2.1: 50 / 25 for this recipe
+        "preflight.games": (16, 0, 0),
         "loss.aggregation": ("token_mean", "seq_mean", "micro_token_mean"),
         "loss.temperature": (0.7, 1.0, 0.7),
         "loss.correction": ("none", "none", "none"),

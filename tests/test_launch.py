@@ -75,9 +75,30 @@ def test_without_a_new_enough_python_the_message_says_so(project, tmp_path):
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     found = bash("bash launch/local.sh", project, PATH=str(tools), PYTHON="")
-    assert found.returncode == 1
+    assert found.returncode == 2
     assert "needs Python 3.11 or newer" in found.stderr and "PYTHON=" in found.stderr
     assert not (project / ".venv").exists()
+
+
+def test_a_python_that_is_named_is_taken_or_refused_never_replaced(project, tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text('#!/bin/sh\n[ "$1" != --version ] || { echo Python 3.10.12; exit 0; }\nexit 1\n')
+    old.chmod(0o755)
+    for there in (False, True):  # also when .venv was made with another one
+        for named, what in ((str(old), "is Python 3.10.12"), ("no_such_python", "no_such_python")):
+            found = bash("bash launch/local.sh", project, PYTHON=named)
+            assert found.returncode == 2 and "Making" not in found.stdout
+            assert found.stderr.startswith(f"error: PYTHON={named}") and what in found.stderr
+            assert "needs Python 3.11 or newer" in found.stderr
+            assert (project / ".venv").exists() == there
+        if not there:
+            give_venv(project)
+    other = tmp_path / "python3.99"
+    other.write_text('#!/bin/sh\ncase "$2" in *print*) echo 3.99 ;; esac\n')
+    other.chmod(0o755)
+    found = bash("bash launch/local.sh", project, PYTHON=str(other))
+    assert "note: .venv is there, with Python 3." in found.stderr
+    assert found.returncode == 3 and "main --config=" in found.stdout  # it runs in what is there
 
 
 def test_ci_run_passes_on_the_tests_exit_code_and_tokenizer(project, tmp_path):

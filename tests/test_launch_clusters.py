@@ -316,8 +316,9 @@ def test_no_capacity_is_waited_for_and_other_refusals_are_not(tpu, tools):
 @pytest.mark.parametrize(
     "env, message",
     [
-        ({"ZONE": ""}, "ZONE is not set"),
-        ({"NFS": ""}, "NFS is not set"),
+        ({"ZONE": ""}, "not set: ZONE; see"),
+        ({"TYPE": "", "ZONE": "", "VERSION": "", "NFS": ""}, "not set: ZONE TYPE VERSION NFS; see"),
+        ({"NFS": ""}, "not set: NFS; see"),
         ({"NFS": "10.0.0.2"}, "SERVER:/SHARE"),
         ({"WORKDIR": "runs/x"}, "begin with /mnt/oel/"),
         ({"MOUNT": "mnt"}, "absolute path"),

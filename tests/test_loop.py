@@ -2,11 +2,14 @@
 
 import importlib
 import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from tiny_run import as_flags, contents, copy_of, go, opened, results, tiny_config
@@ -17,7 +20,7 @@ from oel_jax.errors import UserError
 from oel_jax.export import export
 from oel_jax.lm.sampler import Sampler
 from oel_jax.trajectories import TrajectoryWriter, read
-from oel_jax.workdir import Workdir, read_json
+from oel_jax.workdir import Workdir, read_json, write_json
 
 # By name: the package's attributes `evaluate`, ... could be mistaken for the functions in them.
 consolidate, evaluate, extract = (
@@ -174,9 +177,9 @@ def test_a_stage_says_what_it_needs(finished_run, tmp_path, capsys):
     with pytest.raises(UserError, match="round 1: evaluate needs consolidate first"):
         go(work, tiny_config(), ["evaluate"])
     capsys.readouterr()
-    # Deploy and extract are as far as one gets without consolidation: no mistake, only the end.
-    go(work, tiny_config(rounds=2), ["deploy", "extract"])
-    assert "round 2: deploy needs consolidate of round 1 first" in capsys.readouterr().out
+    # Deploy and extract of round 1 are as far as one gets; that is not all that was asked for.
+    with pytest.raises(UserError, match="round 2: deploy needs consolidate of round 1 first"):
+        go(work, tiny_config(rounds=2), ["deploy", "extract"])
     assert not (work / "round_002").exists()
     assert contents(work, "round_001/**/*") == contents(
         finished_run, "round_001/deploy/*", "round_001/knowledge/**/*"
@@ -194,6 +197,39 @@ def test_rounds_are_added_later_and_start_from_the_last_policy(finished_run, tmp
     played = read(work / "round_002" / "deploy" / "step_001.jsonl")
     assert {(game.policy, game.round) for game in played} == {("round_001", 2)}
     assert [game.seed for game in played] == games.deploy_seeds(2, 1, 4)
+
+
+def test_fewer_rounds_than_are_there_forget_nothing(finished_run, tmp_path, capsys):
+    work = copy_of(finished_run, tmp_path / "run")
+    two = work / "round_002"
+    shutil.copytree(work / "round_001", two)  # a second round, as far as the record goes
+    manifest = read_json(work / "manifest.json")
+    text = json.dumps([entry for entry in manifest["stages"] if entry["round"]])
+    second = json.loads(
+        text.replace("round_001/", "round_002/").replace('"round": 1', '"round": 2')
+    )
+    manifest["stages"] += second
+    write_json(work / "manifest.json", manifest)
+    for asked in (2, 1):
+        go(work, tiny_config(rounds=asked))
+        summary = read_json(work / "summary.json")
+        assert [entry["round"] for entry in summary["rounds"]] == [1, 2]
+        assert read_json(work / "config.json")["rounds"] == 2
+        said = "config.rounds=1, and this workdir has 2 rounds" in capsys.readouterr().out
+        assert said == (asked == 1)
+    assert read_json(work / "manifest.json")["config_changes"] == [
+        {"at": ANY, "fields": {"rounds": {"old": 1, "new": 2}}}
+    ]
+    go(work, tiny_config(rounds=3), ["deploy"])  # and more of them still extend it
+    assert read_json(work / "config.json")["rounds"] == 3
+
+
+def test_the_table_tells_how_much_was_measured_not_how_much_is_configured(
+    finished_run, tmp_path, capsys
+):
+    work = copy_of(finished_run, tmp_path / "run")
+    go(work, tiny_config(evaluate__maps=2, evaluate__seeds=1), change=True)
+    assert "4 held-out maps x 2 games each" in capsys.readouterr().out
 
 
 def test_export_of_a_round_is_its_policy(finished_run, tmp_path):
@@ -218,9 +254,9 @@ def test_a_changed_config_is_refused_unless_allowed(finished_run, tmp_path):
 
 def test_the_summary_has_the_documented_shape(finished_run):
     summary = read_json(finished_run / "summary.json")
-    assert summary.keys() == {"start", "rounds"}
+    assert summary.keys() == {"start", "rounds", "gain_error"}
     (entry,) = summary["rounds"]
-    assert entry.keys() == {"round", "in_context", "consolidated", "seconds"}
+    assert entry.keys() == {"round", "in_context", "consolidated", "gain", "seconds"}
     assert entry["round"] == 1
     assert list(entry["seconds"]) == ["deploy", "extract", "consolidate", "evaluate"]
     places = {

@@ -1,15 +1,20 @@
 """metrics.jsonl, TensorBoard event files read back by TensorBoard itself, and the console."""
 
-import io
 import json
+from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from tensorboard.util import tensor_util
 
 from oel_jax.errors import UserError
-from oel_jax.metrics import Metrics, Progress, duration, printable, read, table
+from oel_jax.metrics import Metrics, duration, printable, read, table
 from oel_jax.workdir import Workdir
 
 
@@ -65,7 +70,7 @@ def test_tensorboard_reads_histograms_and_settings_back(tmp_path):
     assert finals == {1: 0.25, 2: 0.5}
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     started = parse_session_start_info_plugin_data(content)
-    assert started.group_name == "run"
+    assert started.group_name == ""  # see the test of two runs whose directories share a name
     assert started.hparams["loss.top_k"].number_value == 16
     assert started.hparams["model.thinking"].bool_value is True
     assert started.hparams["evaluate.curve"].string_value == "[1, 5]"
@@ -73,6 +78,28 @@ def test_tensorboard_reads_histograms_and_settings_back(tmp_path):
         metrics.settings({}, {}, step=1)
         metrics.histogram("x", 1, [1.0], "evaluate")
     assert not (w.tensorboard / "run" / "evaluate").exists()
+
+
+def test_runs_whose_directories_share_a_name_keep_their_own_numbers(tmp_path):
+    """As TensorBoard's own HPARAMS view reads them: it shows the mean of trials with one name."""
+    wanted = {"low/seed_1": 0.0625, "high/seed_1": 0.09375, "high/seed_2": 0.5}
+    for place, rate in wanted.items():
+        w = Workdir(tmp_path / place)
+        w.root.mkdir(parents=True)
+        for _ in range(2):  # the second time as a resumed run: it joins its own trial
+            with Metrics(w) as metrics:
+                fields = {"rate": 0.1, "seed": 1}  # equal settings do not make equal trials
+                metrics.settings(fields, {"final/pass_rate": rate}, step=1)
+    files = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    provider = SimpleNamespace(data_provider=MultiplexerDataProvider(files, str(tmp_path)))
+    request = api_pb2.ListSessionGroupsRequest(allowed_statuses=[0, 1, 2, 3], slice_size=100)
+    answer = list_session_groups.Handler(RequestContext(), Context(provider), "", request).run()
+    shown = {
+        group.name.removesuffix("/tensorboard/run/hparams"): group.metric_values[0].value
+        for group in answer.session_groups
+    }
+    assert shown == wanted
+    assert all(len(group.sessions) == 1 for group in answer.session_groups)
 
 
 def test_a_rewound_run_equals_an_uninterrupted_one(tmp_path):
@@ -130,56 +157,6 @@ def test_a_damaged_line_elsewhere_is_named(tmp_path):
     w.metrics_file.write_text(json.dumps([1]) + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl:1"):
         read(w.metrics_file)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_in_a_pipe_prints_seldom_and_ends_with_the_last_state():
-    stream = io.StringIO()
-    with Progress(100, "games", "round 1 deploy", every=3600, stream=stream) as progress:
-        for i in range(100):
-            progress.update(note=f"loss {i}")
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "round 1 deploy: 0/100 games"
-    assert len(lines) == 2
-    assert lines[1].startswith("round 1 deploy: 100/100 games, ")
-    assert " in 0:00 | loss 99" in lines[1]
-
-
-def test_progress_in_a_pipe_prints_every_state_without_a_limit():
-    stream = io.StringIO()
-    with Progress(3, "steps", "x", every=0, stream=stream) as progress:
-        for _ in range(3):
-            progress.update()
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == [
-        "0/3",
-        "1/3",
-        "2/3",
-        "3/3",
-    ]
-    assert "ETA" in stream.getvalue().splitlines()[1]
-
-
-def test_progress_on_a_terminal_rewrites_one_line():
-    stream = Terminal()
-    with Progress(2, "steps", "x", every=0, stream=stream) as progress:
-        progress.update(note="a note that is long")
-        progress.update(note="b")
-    text = stream.getvalue()
-    assert text.count("\n") == 1 and text.endswith("\n") and text.count("\r") == 4
-    # a shorter line must cover the longer one before it
-    assert len(text.split("\r")[-2]) >= len(text.split("\r")[2].rstrip())
-
-
-def test_resumed_progress_does_not_count_old_work_in_the_rate():
-    progress = Progress(100, "steps", "x", done=90, stream=io.StringIO())
-    assert progress.line() == "x: 90/100 steps"
-    progress._start -= 10.0
-    progress.update(5)
-    assert progress.line().startswith("x: 95/100 steps, 2 s each, ETA 0:10")
 
 
 def test_duration_and_table():

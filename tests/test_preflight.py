@@ -135,15 +135,16 @@ def test_empty_and_equal_texts_are_not_played_twice(finished_run, flown, tmp_pat
     assert result["without"] == other_order["without"]
 
 
-def test_the_console_shows_each_text_and_the_predicted_gain(flown, tmp_path, capsys):
+def test_the_console_shows_each_text_and_the_gain_in_context(flown, tmp_path, capsys):
     work = tmp_path / "run"
     shutil.copytree(flown[0], work)
     with opened(work, config_of()) as run:
         module.preflight(run, 1)
     result, out = read_json(work / "round_001" / "preflight.json"), capsys.readouterr().out
     low, high = (f"{100 * end:+.1f}" for end in result["ci95"])
-    predicted = f"{100 * result['gain']:+.1f} points [{low}, {high}]"
-    assert f"predicted gain of consolidation, the mean over the texts: {predicted}" in out
+    gain = f"{100 * result['gain']:+.1f} points [{low}, {high}]"
+    assert f"gain in context, the mean over the texts: {gain}" in out
+    assert "predict" not in out  # it is measured before consolidation, and says nothing of its end
     for chain in (0, 1):
         (line,) = [line for line in out.splitlines() if f"text of chain {chain}" in line]
         assert f"{result['texts'][chain]['pass_rate']:.1%}" in line
@@ -223,7 +224,7 @@ def test_warn_and_stop_follow_from_the_gain_and_its_interval(flown, tmp_path, ca
         assert "WARNING: round 1: knowledge does not help" in out and "leaves room" in out
     heeded(flown[0], tmp_path, preflight__least_gain=above)
     out = capsys.readouterr().out
-    said = "WARNING: round 1: knowledge does not help enough in context: the predicted gain is "
+    said = "WARNING: round 1: knowledge does not help enough in context: the gain in context is "
     assert f"{said}{100 * gain:+.1f} points" in out
     assert "leaves room" not in out
     with pytest.raises(UserError) as caught:
@@ -277,10 +278,21 @@ def test_a_stopped_run_goes_on_with_warn(flown, finished_run, tmp_path, monkeypa
     assert contents(work, policy) == contents(plain, policy)
 
 
-def test_stop_needs_a_measurement(finished_run, tmp_path):
+def test_a_negative_control_gets_no_advice(flown, tmp_path, capsys):
+    work = tmp_path / "run"
+    shutil.copytree(flown[0], work)
+    broken = config_of(preflight__least_gain=1.0, negative_control="shuffled_knowledge")
+    with opened(work, broken, change=True) as run:
+        module.heed(run, 1)
+    out = capsys.readouterr().out
+    assert "broken on purpose" in out and "extract.n" not in out and "WARNING" not in out
+
+
+def test_stop_needs_a_measurement(finished_run, tmp_path, capsys):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     with opened(work, config_of(), change=True) as run:
         module.heed(run, 1)  # to warn, it is only useful
+    assert "preflight is not among --stages and was not done before" in capsys.readouterr().out
     with pytest.raises(UserError, match="round 1: consolidate needs preflight first"):
         go(work, config_of(preflight__on_harm="stop"), ["consolidate"], change=True)
 

@@ -37,7 +37,7 @@ from oel_jax.lm.language_model import LanguageModel, load_model
 from oel_jax.lm.requests import Completion, Request, request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
-from oel_jax.metrics import Progress
+from oel_jax.progress import Progress
 
 MAX_NEW = 256  # tokens of an answer where a task does not say: the harness's own default
 _MAX_NEW_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -300,7 +300,7 @@ class PolicyLM(LM):
                     )
                     for i in indices
                 ]
-                for completion in self._sample(how, queue):
+                for completion in self._sample(how, queue, progress):
                     answer = self._answer(completion)
                     self.responses.add(places[completion.tag], digests[completion.tag], answer)
                     answers[completion.tag] = answer
@@ -314,7 +314,7 @@ class PolicyLM(LM):
         text = self.model.tokenizer.decode(completion.ids)
         return Answer(text, len(completion.ids), completion.stopped)
 
-    def _sample(self, how: Sampling, queue: Sequence[Request]):
+    def _sample(self, how: Sampling, queue: Sequence[Request], progress: Progress):
         """Yield the completions as they are finished."""
         s, model = self.sampler_config, self.model
         devices = model.mesh.shape["fsdp"]
@@ -335,6 +335,7 @@ class PolicyLM(LM):
             block=self.block,
             overlap=s.overlap,
         )
+        progress.follow(tokens=lambda: sampler.written)
         sampler.submit(queue)
         while sampler.busy:
             yield from sampler.poll(model.params)

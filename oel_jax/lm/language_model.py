@@ -17,7 +17,7 @@ from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import load_params, resolve
 from oel_jax.lm.model import Params, forward, unembed
 from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
-from oel_jax.parallel.mesh import make_mesh, put_batch
+from oel_jax.parallel.mesh import all_devices, make_mesh, put_batch
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -120,8 +120,12 @@ def load_model(
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    directory = resolve(bundled(str(path)))
-    cfg = ModelConfig.from_directory(directory)
-    mesh = make_mesh(1, 1, jax.devices()[:1]) if mesh is None else mesh
-    params = load_params(directory, cfg, mesh=mesh, dtype=dtype)
+    mesh = make_mesh(1, 1, all_devices()[:1]) if mesh is None else mesh
+    try:
+        directory = resolve(bundled(str(path)))
+        cfg = ModelConfig.from_directory(directory)
+        params = load_params(directory, cfg, mesh=mesh, dtype=dtype)
+    except UserError as error:
+        # The message says it all: a notebook need not show how libraries came to fail.
+        raise error.with_traceback(None) from None
     return LanguageModel(directory, cfg, mesh, params, today)

@@ -160,7 +160,8 @@ class Sampler:
         self._slots = [_Slot() for _ in range(slots)]
         self._per_device = slots // fsdp
         self._prefixes: list[tuple[int, ...]] = [()] * prefixes
-        self.generated = 0  # tokens, over the sampler's life
+        self.generated = 0  # tokens of finished completions, over the sampler's life
+        self.written = 0  # the same and the tokens so far of completions that are not finished
         self.encoded = 0  # prompt tokens that went through the model, padding not counted
         with jax.set_mesh(mesh):
             self._state = empty_state(
@@ -461,13 +462,13 @@ class Sampler:
 
     def _collect(self) -> list[Completion]:
         """Fetch the slots that have just finished and free them."""
-        done = np.asarray(self._state.done)
-        finished = [i for i, slot in enumerate(self._slots) if slot.running and done[i]]
+        done, count = jax.device_get((self._state.done, self._state.count))
+        running = [i for i, slot in enumerate(self._slots) if slot.running]
+        self.written = self.generated + int(count[running].sum())
+        finished = [i for i in running if done[i]]
         if not finished:
             return []
-        count, ids, log_probs = jax.device_get(
-            (self._state.count, self._state.response, self._state.log_prob)
-        )
+        ids, log_probs = jax.device_get((self._state.response, self._state.log_prob))
         completions = []
         for index in finished:
             slot, length = self._slots[index], int(count[index])

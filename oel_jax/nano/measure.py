@@ -19,11 +19,11 @@ import numpy as np
 
 from oel_jax import games, prompts
 from oel_jax.games.seeds import HELDOUT_GAMES
-from oel_jax.metrics import Progress
 from oel_jax.nano import examples, probes
 from oel_jax.nano import language as lang
 from oel_jax.nano.players import GAMES
 from oel_jax.nano.reader import Reader, Seat, WorldGame, play
+from oel_jax.progress import Progress
 from oel_jax.statistics import board_clustered_interval, student_t_quantile
 
 RESULTS = {"frozen_lake": ("win", "lose", "time", "invalid"), "sokoban": ("win", "time", "invalid")}

@@ -36,6 +36,25 @@ def spec(*logical: str | None) -> P:
     return P(*(RULES[name] for name in logical))
 
 
+def all_devices() -> list[jax.Device]:
+    """All devices, those of one process side by side.
+
+    Raises:
+      UserError: JAX cannot start on the platform that it is to use.
+    """
+    try:
+        return sorted(jax.devices(), key=lambda device: device.process_index)
+    except Exception as error:  # RuntimeError, AssertionError, a plugin's own kinds of error
+        asked = jax.config.jax_platforms
+        named = f"JAX_PLATFORMS={asked}" if asked else "the accelerator of this machine"
+        words = str(error).strip().partition("\n")[0] or "it finds no such device"
+        raise UserError(
+            f"JAX cannot start on {named} ({words}). See that the driver works (nvidia-smi) and "
+            "that JAX is installed for it (JAX='jax[cuda12]' bash launch/install.sh), or run on "
+            "the CPU: JAX_PLATFORMS=cpu"
+        ) from error
+
+
 def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh ('fsdp', 'tp') over all devices; `fsdp=-1` takes what `tp` leaves.
 
@@ -44,15 +63,14 @@ def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None)
     Raises:
       UserError: the product does not equal the number of devices.
     """
-    if devices is None:
-        devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    devices = all_devices() if devices is None else devices
     count = len(devices)
     if fsdp == -1 and tp > 0 and count % tp == 0:
         fsdp = count // tp
     if fsdp < 1 or tp < 1 or fsdp * tp != count:
         raise UserError(
             f"config.mesh: fsdp={fsdp} x tp={tp} does not match the {count} device(s) of this "
-            f"machine; set config.mesh.fsdp=-1 and config.mesh.tp to a divisor of {count}"
+            f"machine; set config.mesh.fsdp=-1 and config.mesh.tp={_one_of(count)}"
         )
     grid = np.asarray(devices).reshape(fsdp, tp)
     return Mesh(grid, ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Explicit))
@@ -73,6 +91,11 @@ def host_mesh(mesh: Mesh) -> Mesh:
             f"process samples on its own devices; set it to one of {_divisors(len(mine))}"
         )
     return make_mesh(len(mine) // tp, tp, [d for d in mesh.devices.flat if d in mine])
+
+
+def _one_of(number: int) -> str:
+    *some, last = map(str, _divisors(number))
+    return f"{', '.join(some)} or {last}" if some else last
 
 
 def _divisors(number: int) -> list[int]:

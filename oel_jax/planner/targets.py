@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -94,15 +95,18 @@ class Target:
         return self.device.far if many_nodes else self.device.link
 
 
-def find(text: str) -> Target:
+def find(text: str, compiling: bool = True) -> Target:
     """The target 'v5p:4x4x4', 'h200:8' or 'cpu:8'.
+
+    Args:
+      compiling: False asks for no compiler: the target has no devices to compile for.
 
     Raises:
       UserError: there is no such target, or what is needed to compile for it is not installed.
     """
     kind, _, size = text.partition(":")
     if kind in _TPU and re.fullmatch(r"\d+(x\d+){1,2}", size):
-        return _tpu(text, _TPU[kind])
+        return _tpu(text, _TPU[kind]) if compiling else _counted(text, _TPU[kind])
     if kind in _GPU and re.fullmatch(r"[1-9]\d{0,4}", size):
         return _gpu(text, _GPU[kind], int(size))
     if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,3}", size):
@@ -113,11 +117,23 @@ def find(text: str) -> Target:
     )
 
 
+def _counted(text: str, device: Device) -> Target:
+    """A TPU slice without libtpu: its shape alone, with the hosts that libtpu would tell of."""
+    sides = [int(side) for side in text.partition(":")[2].split("x")]
+    count = math.prod(sides)
+    if not count:
+        raise UserError(f"--target={text}: a slice has at least one chip on each side")
+    each = min(count, 4)  # 2 x 2 chips on a host
+    if count % each:
+        raise UserError(f"--target={text}: {count} chips do not fill hosts of {each}")
+    return Target(text, device, count, each, why="nothing is to be compiled (--no_compile)")
+
+
 def _tpu(text: str, device: Device) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--target={text}: compiling for a TPU needs libtpu, which is not installed here; no "
-            "TPU is needed: pip install libtpu"
+            "TPU is needed: pip install libtpu, or --no_compile counts by hand"
         )
     # Nothing is run: libtpu need not look for its machine, nor keep other processes out.
     for name, value in (

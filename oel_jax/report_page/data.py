@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oel_jax.errors import UserError
+from oel_jax.gains import gains
 from oel_jax.metrics import read as read_metrics
 from oel_jax.workdir import Workdir, read_json, samples_of
 
@@ -67,7 +68,7 @@ class RunData:
     """A run as far as it has come.
 
     Attributes:
-      name: of the workdir.
+      name: of the workdir; in a study its place below the study's.
       manifest: as written by `Workdir`.
       rows: of metrics.jsonl.
       rounds: those that have begun.
@@ -75,6 +76,7 @@ class RunData:
       curves: round -> [(trajectories, evaluation result)] with knowledge in context.
       texts: round -> the K knowledge texts.
       preflights: round -> what each text gains in context.
+      gains: both gains of each round, see `oel_jax.gains`.
     """
 
     name: str
@@ -86,6 +88,7 @@ class RunData:
     curves: dict[int, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
     texts: dict[int, list[str]] = field(default_factory=dict)
     preflights: dict[int, dict[str, Any]] = field(default_factory=dict)
+    gains: list[dict[str, Any]] = field(default_factory=list)
 
     def of_kind(self, *kinds: str) -> list[Evaluation]:
         """Evaluations of these kinds, by x."""
@@ -113,7 +116,7 @@ def collect(workdir: Workdir) -> RunData:
     if not isinstance(config, dict) or not {"game", "model", "extract"} <= config.keys():
         raise UserError(f"{workdir.config_file} is not the config of a run; restore it")
     data = RunData(
-        name=workdir.root.absolute().name,
+        name=workdir.label,
         config=config,
         manifest=read_json(workdir.manifest_file),
         rows=read_metrics(workdir.metrics_file),
@@ -124,6 +127,7 @@ def collect(workdir: Workdir) -> RunData:
     while workdir.round(number).is_dir():
         _add_round(data, workdir, number)
         number += 1
+    data.gains = gains(workdir, len(data.rounds))
     return data
 
 
@@ -137,11 +141,12 @@ def _add_round(data: RunData, workdir: Workdir, number: int) -> None:
         data.texts[number] = read_json(workdir.knowledge(number))["texts"]
     if workdir.preflight(number).exists():
         data.preflights[number] = read_json(workdir.preflight(number))
-    last, points = data.config["extract"]["n"], data.config.get("evaluate", {}).get("curve", [])
-    files = {n: workdir.evaluation(number, f"curve_{n:03d}") for n in points}
-    if points:
+    # What is there, which may be more than the config asks for by now.
+    names = (workdir.round(number) / "evaluate").glob("curve_*.json")
+    files = {int(n): f for f in names if (n := f.stem.removeprefix("curve_")).isdecimal()}
+    if files or data.config.get("evaluate", {}).get("curve"):
         # A point of the curve that is the round's own n is stored once, as in_context.
-        files[last] = workdir.evaluation(number, "in_context")
+        files[data.config["extract"]["n"]] = workdir.evaluation(number, "in_context")
     measured = [(n, read_json(file)) for n, file in sorted(files.items()) if file.exists()]
     if measured:
         data.curves[number] = measured
@@ -185,7 +190,8 @@ def generated_tokens(data: RunData, round_number: int) -> dict[str, int]:
         "extract": (1 if extract["trajectories"] == "shared" else chains) * extract["n_run"],
         "deploy": config["deploy"]["games_per_step"] * consolidate["steps"],
     }
-    games_each = config["evaluate"]["maps"] * config["evaluate"]["seeds"]
+    measured = [e.result["games"] for e in data.evaluations if e.round == round_number]
+    games_each = max(measured, default=0)  # as many as were played, whatever the config says now
     for row in (row for row in data.rows if row["round"] == round_number):
         values = {name: number(value) or 0.0 for name, value in row["values"].items()}
         stage, tokens = row["stage"], values.get("response_tokens", 0.0)

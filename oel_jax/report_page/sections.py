@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from oel_jax.config import as_json, default, leaves
+from oel_jax.gains import mean_error, points
 from oel_jax.metrics import duration
 from oel_jax.negative_control import announcement
 from oel_jax.report_page import charts, data
@@ -138,7 +139,30 @@ def results(run: RunData) -> str:
     note += "clustered by board. Unseen: held-out boards that deployment had not shown by then."
     headers = ["policy", "pass rate", "95 % interval", "unseen boards", "tokens", "turns"]
     grid = f'<div class="charts">{"".join(curves)}</div>'
-    return f"<h2>Results</h2>{grid}{table(note, headers, rows)}"
+    return f"<h2>Results</h2>{grid}{table(note, headers, rows)}{_both_gains(run)}"
+
+
+def _both_gains(run: RunData) -> str:
+    """The gain in context beside the gain after consolidation, round by round."""
+    if not any(one["in_context"] for one in run.gains):
+        return ""
+    rows = []
+    for one in run.gains:
+        error = "-" if one["error"] is None else f"{100 * one['error']:+.1f}"
+        shown = (
+            points(g["gain"], g["ci95"]) if g else "-" for g in (one["in_context"], one["after"])
+        )
+        rows.append([f"round {one['round']}", *shown, error])
+    mean = mean_error(run.gains)
+    caption = (
+        "What knowledge gained in the prompt (pre-flight, its own boards), and what the model "
+        "gained after consolidation, without it (held-out boards, to the model before). "
+        "95 % intervals."
+    )
+    if mean is not None:
+        caption += f" Mean difference, without its sign: {100 * mean:.1f} points."
+    heads = ["", "gain in context", "gain after consolidation", "difference"]
+    return table(caption, heads, rows)
 
 
 def _unseen(evaluation: Evaluation) -> str:
@@ -222,7 +246,8 @@ def training(run: RunData) -> str:
     rows = [row for row in run.rows if row["stage"] == "consolidate"]
     if not rows:
         return ""
-    steps = run.config["consolidate"]["steps"]
+    # As many as were made, should the config ask for fewer by now.
+    steps = max([run.config["consolidate"]["steps"], *(row["step"] for row in rows)])
     pictures = [
         _steps_chart(rows, steps, title, names)
         for title, names in (
@@ -329,7 +354,7 @@ def _gains(preflight: dict[str, Any] | None) -> str:
         [f"chain {text['chain']}", percent(text["pass_rate"]), *_points(text)]
         for text in preflight["texts"]
     ]
-    rows.append(["all: the predicted gain", "", *_points(preflight)])
+    rows.append(["all: the gain in context", "", *_points(preflight)])
     caption = (
         f"Pre-flight: {preflight['games']} boards with each text; without knowledge "
         f"{percent(preflight['without']['pass_rate'])}."

@@ -7,18 +7,17 @@ A study file has a docstring, a tuple `PRESETS` whose first name is the default,
 Nothing here loads a model or JAX.
 """
 
-import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_collections
 
 from oel_jax import games
 from oel_jax.config import check_field, validate
+from oel_jax.config_file import explain, load_module
 from oel_jax.errors import UserError
 from oel_jax.workdir import STAGES
 
@@ -183,7 +182,10 @@ def load(
         raise UserError(
             f"--study={file}: there is no such Python file; try one of configs/studies/*.py"
         )
-    module = _module(Path(file))
+    try:
+        module = load_module(Path(file))
+    except Exception as error:
+        raise explain(file, error) from None
     names = getattr(module, "PRESETS", ())
     if not names or not callable(getattr(module, "get_study", None)) or not module.__doc__:
         raise UserError(
@@ -193,7 +195,10 @@ def load(
     preset = preset or names[0]
     if preset not in names:
         raise UserError(f"--study={argument}: preset {preset!r} is not one of {', '.join(names)}")
-    study = module.get_study(preset)
+    try:
+        study = module.get_study(preset)
+    except Exception as error:
+        raise explain(file, error) from None
     if not isinstance(study, Study):
         raise UserError(f"--study={file}: get_study must return an oel_jax.study.Study")
     study = replace(study, name=Path(file).stem, preset=preset, about=module.__doc__.strip())
@@ -203,25 +208,6 @@ def load(
         study = _changed(study, changes)
     _check(study)
     return study
-
-
-def load_config(file: Path, preset: str | None = None) -> ml_collections.ConfigDict:
-    """What the config file's `get_config` returns; for study files.
-
-    Raises:
-      UserError: there is no such file, or it has no get_config.
-    """
-    if not file.is_file() or not hasattr(module := _module(file), "get_config"):
-        raise UserError(f"{file} is no config file with a function get_config")
-    return module.get_config(preset)
-
-
-def _module(file: Path) -> ModuleType:
-    """Run a Python file of the user's as a module that is not kept."""
-    spec = importlib.util.spec_from_file_location(f"oel_jax_file_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _changed(study: Study, changes: Mapping[str, Any]) -> Study:
