@@ -10,9 +10,11 @@ import pytest
 from conftest import write_model
 from tiny_run import NANO_CONFIG, as_flags, contents, copy_of, tiny_config
 
+import oel_jax
 from oel_jax import nano
 from oel_jax.errors import UserError
 from oel_jax.main import run
+from oel_jax.parallel.mesh import make_mesh
 
 
 def command(*arguments):
@@ -36,7 +38,15 @@ GIVEN = f"--config={NANO_CONFIG}"
         ([], "give --config=FILE and --workdir=DIR, for example"),
         ([GIVEN, "--workdir=W", "--config.sedd=1"], "config.sedd is not a field; did you mean con"),
         ([GIVEN, "--workdir=W", "--noconfig.model.thinkin"], "config.model.thinkin is not a field"),
-        ([GIVEN, "--workdir=W", "--config.rounds=two"], "--config.rounds=two: invalid literal"),
+        (
+            [GIVEN, "--workdir=W", "--config.rounds=two"],
+            "config.rounds is 'two'; it must be an int",
+        ),
+        ([GIVEN, "--workdir=W", "--config.rounds", "2.5"], "config.rounds is '2.5'; it must be an"),
+        (
+            [GIVEN, "--workdir=W", "--config.loss.temperature=x"],
+            "config.loss.temperature is 'x'; it",
+        ),
         ([GIVEN, "--workdir=W", "--config.rounds=0"], "config.rounds is 0; it must be an integer"),
         ([GIVEN + ":foo", "--workdir=W"], "preset 'foo' is unknown; choose one of default, paper"),
         (["--config=no/such.py", "--workdir=W"], "--config=no/such.py: there is no such Python"),
@@ -53,6 +63,51 @@ def test_a_wrong_argument_is_one_message_and_status_2(tmp_path, arguments, messa
     assert errors.startswith(f"error: {message}") or errors.startswith(f"error: flag {message}")
     assert "Traceback" not in errors and errors.count("\n") <= 2
     assert not (tmp_path / "W").exists()
+
+
+def test_a_platform_that_does_not_start_is_one_message(tmp_path):
+    """The commonest failure on a GPU machine, here with a platform that no machine has."""
+    done = subprocess.run(
+        [sys.executable, "-m", "oel_jax.main", *as_flags(), f"--workdir={tmp_path / 'W'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
+    )
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("WARN", "INFO"))]
+    assert line.startswith("error: JAX cannot start on JAX_PLATFORMS=no_such_platform (")
+    assert "JAX_PLATFORMS=cpu" in line and not (tmp_path / "W").exists()
+
+
+@pytest.mark.parametrize("module", ["main", "study", "report", "nano.card"])
+def test_without_the_environment_there_is_one_line(module):
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", f"oel_jax.{module}"],  # -S: a Python without packages
+        cwd=NANO_CONFIG.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "is not the environment of oel_jax" in done.stderr
+    assert ".venv/bin/activate" in done.stderr and "launch/local.sh" in done.stderr
+
+
+def test_a_wrong_model_directory_is_one_error_in_a_notebook(tmp_path):
+    for path in (tmp_path, "/no/such/model"):
+        with pytest.raises(UserError) as caught:
+            oel_jax.load_model(path)
+        assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_what_a_mesh_may_be_is_said_in_numbers():
+    one, six = ([f"device {i}" for i in range(count)] for count in (1, 6))
+    with pytest.raises(UserError, match=r"config.mesh.fsdp=-1 and config.mesh.tp=1$"):
+        make_mesh(4, 2, one)
+    with pytest.raises(UserError, match=r"config.mesh.fsdp=-1 and config.mesh.tp=1, 2, 3 or 6$"):
+        make_mesh(4, 2, six)
 
 
 def test_a_user_error_of_a_stage_is_one_message_and_status_2(finished_run, tmp_path):

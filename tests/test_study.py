@@ -498,6 +498,25 @@ def test_a_finished_study_computes_nothing_and_takes_more_seeds(
     assert cell["seeds"] == [0, 1]
 
 
+def test_fewer_seeds_than_before_forget_no_numbers(tmp_path, capsys):
+    study_module = importlib.import_module("oel_jax.study")
+    write_json(tmp_path / "results.json", {"seeds": [2, 0, 1]})
+
+    def seeds(*asked):
+        study = tiny_study(seeds=asked)
+        whole, planned = study_module._with_earlier_seeds(study, runs(study, tmp_path), tmp_path)
+        assert {(run.variant.name, run.seed) for run in planned} == {
+            (variant.name, seed) for variant in study.variants for seed in whole.seeds
+        }
+        return whole.seeds
+
+    assert seeds(2, 0, 1) == (2, 0, 1) and capsys.readouterr().out == ""
+    assert seeds(0, 5) == (2, 0, 1, 5)  # in the order of before, then what is new
+    assert "also has 2, 1, which stay in tables and plots" in capsys.readouterr().out
+    (tmp_path / "results.json").unlink()
+    assert seeds(0) == (0,)
+
+
 def test_a_failed_variant_is_reported_and_the_others_go_on(
     finished_study, tmp_path, monkeypatch, capsys
 ):
