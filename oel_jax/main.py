@@ -9,6 +9,7 @@ taken away: run the same command again; 130 stopped by Ctrl-C.
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -183,7 +184,8 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         # A ValueError of the config file arrives as one of these.
         inside = file and error.__context__ and str(error).startswith("flag --config=")
-        _fail(explain(file, error.__context__) if inside else error)
+        words = re.sub(r"invalid literal for int\(\).*", "it must be an integer", str(error))
+        _fail(explain(file, error.__context__) if inside else UserError(words))
     except Exception as error:
         if not file:
             raise

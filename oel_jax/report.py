@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             file = write(Workdir(given.workdir))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {file}")
     return 0

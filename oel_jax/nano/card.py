@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = 2 if given.quick else given.seeds
         lines, bars = make_card(directory, given.out or directory, seeds=seeds, seed=given.seed)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     below = missed(lines, bars)
     if given.check and below:
