@@ -66,13 +66,14 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
     with _owned(root, study, planned) as today:
         _check_old_runs(planned)
         _check_models(planned, devices)
+        study, whole = _with_earlier_seeds(study, planned, root)
         failed = _run_all(planned, root, devices, today)
         # Imported late: matplotlib takes a second, and bad input should answer at once.
         from oel_jax.report import write_study
         from oel_jax.studies.plots import draw
         from oel_jax.studies.results import Results
 
-        results = Results(*_with_earlier_seeds(study, planned, root), failed)
+        results = Results(study, whole, failed)
         write_json(root / "results.json", results.as_json())
         write_bytes(root / "results.csv", results.csv().encode("utf-8"))
         plots = draw(results, root / "plots")
