@@ -4,8 +4,9 @@ Single fields are overridden with `--config.rounds=2`; `--stages=deploy,extract`
 done. The same command goes on where the last one stopped. On several hosts each runs this command
 with a workdir that all of them see (launch/README.md).
 
-Exit status: 0 finished; 2 a mistake that can be mended; 75 saved and stopped before the machine is
-taken away: run the same command again; 130 stopped by Ctrl-C.
+Exit status: 0 finished; 2 a mistake that can be mended, or a stage that needs another one first;
+75 saved and stopped before the machine is taken away: run the same command again; 130 stopped by
+Ctrl-C.
 """
 
 import os

@@ -208,8 +208,15 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
     if options.out:
         both = {"given": given, "recommended": best}
         found = {key: report.as_json(one) for key, one in both.items() if one is not None}
-        options.out.write_text(json.dumps({"why": why} | found, indent=2) + "\n")
+        _write(options.out, json.dumps({"why": why} | found, indent=2) + "\n")
     return 2 if why else 0
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
 
 
 def _say_quicker(given: Plan) -> None:

@@ -162,6 +162,9 @@ def _check_models(planned: Sequence[Planned], devices: Sequence[Any] | None) -> 
         config, name = one.config, one.variant.name
         try:
             mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
+        except UserError as error:
+            raise UserError(f"variant {name}: {error}") from error
+        try:
             check_model(config, start_directory(config), mesh)
             check_skills(config)
         except UserError as error:

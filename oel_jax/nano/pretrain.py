@@ -30,6 +30,7 @@ from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import Params, forward, init_params, unembed
 from oel_jax.nano import vocabulary
 from oel_jax.nano.packing import TASK_NAMES, Batch, make_batch
+from oel_jax.parallel.mesh import all_devices
 
 _MATRICES = {
     "q": MuonDimensionNumbers(1, (2, 3)),
@@ -376,7 +377,11 @@ def main() -> None:
     if options.size not in SIZES:
         raise UserError(f"--size={options.size} does not exist; choose one of {', '.join(SIZES)}")
     size = SIZES[options.size]
-    prepare(size, options.out)
+    all_devices()
+    try:
+        prepare(size, options.out)
+    except OSError as error:
+        raise UserError(f"--out={options.out} cannot be written: {error.strerror}") from error
     run(size, options.out, options.seed, steps=options.steps or None)
 
 
