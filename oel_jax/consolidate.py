@@ -51,7 +51,7 @@ from oel_jax.metrics import read as read_metrics
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import device_bytes, put_batch
 from oel_jax.profiling import StepTrace
-from oel_jax.progress import Progress
+from oel_jax.progress import Progress, waiting
 from oel_jax.rollouts import demonstrated, header, on_policy
 from oel_jax.run import Run
 from oel_jax.trajectories import prefixes, read
@@ -121,7 +121,8 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             prefixes=[head],
         )
         some = first[:16]
-        teacher.prepare([each.prompt for each in some], [own[each.game] for each in some])
+        with waiting(f"{label}: the teacher reads the texts"):
+            teacher.prepare([each.prompt for each in some], [own[each.game] for each in some])
         _follow(run, student, teacher)
         add = Accumulator(step_config, _held(run, student, teacher, sampler))
         with (
@@ -153,7 +154,8 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         if stopped:
             student = _last_good(run, round_number, tx, checkpoints, stopped.step)
             files.append(_stop(run, round_number, stopped, student.step))
-        _export(this, student, files[0])
+        with waiting(f"{label}: saving the policy"):
+            _export(this, student, files[0])
         if step_config.lora:
             files.append(_export_adapter(this, student))
         if processes.is_first():

@@ -26,7 +26,7 @@ from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import table
 from oel_jax.parallel import processes
-from oel_jax.progress import Progress
+from oel_jax.progress import Progress, waiting
 from oel_jax.prompts import play_prompt
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, TrajectoryWriter, Turn, read, write_line
@@ -232,7 +232,8 @@ def play_recorded(
                     records.append(record(game))
                     out.write(json.dumps(records[-1]) + "\n")
                     out.flush()
-    return processes.together(processes.exchange(records))
+    with waiting(f"{label}: other processes play"):
+        return processes.together(processes.exchange(records))
 
 
 def forget_records(log: Path) -> None:
@@ -372,7 +373,8 @@ def _collect(
             sampler, prefixes = _player(run, model, how, texts, slots)
             played = play(run, model, sampler, mine, slots, progress, prefixes)
             _write(round_number, purpose, in_order(played, mine))
-    processes.wait(f"{label} is played")
+    with waiting(f"{label}: other processes play"):
+        processes.wait(f"{label} is played")
     processes.first_does(f"{label} is merged", lambda: _merge(files))
     stats = np.zeros(4, np.int64)
     if processes.is_first():

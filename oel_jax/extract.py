@@ -24,6 +24,7 @@ from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.metrics import printable
 from oel_jax.parallel import processes
+from oel_jax.progress import waiting
 from oel_jax.run import Run, sampling
 from oel_jax.trajectories import Trajectory, read
 from oel_jax.workdir import read_json, write_json
@@ -50,7 +51,8 @@ def extract(run: Run, round_number: int) -> list[Path]:
         processes.first_does("texts are filled in", work)
     else:
         _grow(run, round_number, processes.share(numbers))
-        processes.wait("chains are grown")
+        with waiting(f"round {round_number} extract: other processes write"):
+            processes.wait("chains are grown")
     if processes.is_first():
         if config.knowledge_from or config.experience != "knowledge" or processes.count() > 1:
             _log(run, round_number, range(1, config.n_run + 1))

@@ -37,6 +37,7 @@ from oel_jax.planner.search import flags, on_target, ranked
 from oel_jax.planner.shapes import model_shape
 from oel_jax.planner.targets import Target, find
 from oel_jax.planner.workload import Assumptions
+from oel_jax.progress import waiting
 from oel_jax.study import config_changes
 
 TRIED = 3  # recommended meshes that are compiled, at most
@@ -119,11 +120,10 @@ def with_compiler(plan: Plan, only: Sequence[str]) -> Plan:
     with _no_cache():
         names = [n for n in plan.programs if (not only or n in only) and not n.endswith(", usual")]
         for number, name in enumerate(names, 1):
-            program, began = plan.programs[name], time.perf_counter()
-            what = f"  compiling {number} of {len(names)}, {name} ... "
-            print(what, end="", file=sys.stderr, flush=True)
-            done[name] = compiled(program)
-            print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            began, what = time.perf_counter(), f"  compiling {number} of {len(names)}, {name}"
+            with waiting(what, sys.stderr):
+                done[name] = compiled(plan.programs[name])
+            print(f"{what}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return replace(plan, compiled=done)
 
 

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from oel_jax.metrics import duration
@@ -163,3 +164,29 @@ class Progress:
         self._ended.set()
         self._thread.join()
         self._show(last=True)
+
+
+@contextmanager
+def waiting(label: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Say every now and then that something takes long; nothing for what is quick.
+
+    For what has no parts to count: loading a model, compiling, other processes.
+    """
+    began, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        wait = QUIET
+        while not ended.wait(wait):
+            text = f"{label}: {duration(time.monotonic() - began)} so far\n"
+            out = sys.stdout if stream is None else stream
+            out.write(text)
+            out.flush()
+            wait = min(2 * wait, LONGEST_QUIET)
+
+    thread = threading.Thread(target=watch, name=f"waiting {label}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -23,7 +23,7 @@ from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import Metrics
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import whole
-from oel_jax.progress import Progress
+from oel_jax.progress import Progress, waiting
 from oel_jax.workdir import Workdir, read_json
 
 LANES = 4  # knowledge texts that are played with at the same time, at most
@@ -84,7 +84,8 @@ class Run:
         """
         check_model(self.config, directory, self.mesh)
         dtype = dtype or self.config.model.dtype
-        return load_model(directory, dtype=dtype, mesh=mesh or self.host, today=self.today)
+        with waiting(f"loading {directory}"):
+            return load_model(directory, dtype=dtype, mesh=mesh or self.host, today=self.today)
 
     def policy(self, round_number: int, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
         """P_r in the compute dtype, on another mesh, or on this process's devices to play with."""

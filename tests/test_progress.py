@@ -7,7 +7,7 @@ import time
 import pytest
 
 from oel_jax import progress as module
-from oel_jax.progress import Progress
+from oel_jax.progress import Progress, waiting
 
 
 class Terminal(io.StringIO):
@@ -143,3 +143,16 @@ def test_a_thread_shows_the_line_while_a_unit_takes_long(monkeypatch, tty):
         progress.update(2)
     assert "student" not in stream.getvalue().splitlines()[-1]
     assert not progress._thread.is_alive()
+
+
+def test_what_has_no_parts_says_that_it_takes_long(monkeypatch):
+    stream, said = io.StringIO(), threading.Event()
+    stream.flush = said.set
+    with waiting("loading x", stream):
+        pass
+    assert stream.getvalue() == ""  # quick things say nothing
+    monkeypatch.setattr(module, "QUIET", 0.01)
+    with waiting("loading x", stream):
+        assert said.wait(120)
+    assert stream.getvalue().startswith("loading x: 0:00 so far\n")
+    assert not [t for t in threading.enumerate() if t.name == "waiting loading x"]
