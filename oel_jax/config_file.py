@@ -30,10 +30,9 @@ def load_config(file: str | Path, preset: str | None = None) -> ml_collections.C
     preset = preset or given
     try:
         module = load_module(Path(path))
-        config = module.get_config(*([preset] if preset else []))
+        return check_config(path, module.get_config(*([preset] if preset else [])))
     except Exception as error:
         raise explain(path, error) from None
-    return check_config(path, config)
 
 
 def existing(text: str) -> tuple[str, str]:
