@@ -80,10 +80,11 @@ def make_project(directory: Path) -> Path:
 
 
 def give_venv(project: Path) -> None:
-    """A `.venv/bin/python` that is this Python, with nothing to install."""
+    """A `.venv/bin/python` that is this Python but installs nothing: it would go into this one."""
     python = project / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    nothing = '[ "$1 $2 $3" != "-m pip install" ] || exit 0'
+    python.write_text(f'#!/bin/sh\n{nothing}\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
 
 

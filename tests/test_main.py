@@ -1,11 +1,13 @@
 """The command: what a user gets wrong ends in one message; nothing is lost or left behind."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import write_model
 from tiny_run import NANO_CONFIG, as_flags, contents, copy_of, tiny_config
@@ -14,7 +16,7 @@ import oel_jax
 from oel_jax import nano
 from oel_jax.errors import UserError
 from oel_jax.main import run
-from oel_jax.parallel.mesh import make_mesh
+from oel_jax.parallel.mesh import all_devices, make_mesh
 
 
 def command(*arguments):
@@ -79,6 +81,31 @@ def test_a_platform_that_does_not_start_is_one_message(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("WARN", "INFO"))]
     assert line.startswith("error: JAX cannot start on JAX_PLATFORMS=no_such_platform (")
     assert "JAX_PLATFORMS=cpu" in line and not (tmp_path / "W").exists()
+
+
+def test_a_plugin_that_fails_is_one_line_not_its_traceback(monkeypatch, capfd):
+    """As JAX with CUDA's plugin but no driver: it logs a traceback, then asserts without a word."""
+    log = logging.getLogger("jax._src.xla_bridge")
+    found = jax.devices()
+
+    def broken(end):
+        try:
+            raise RuntimeError("cuInit(0) failed: error 303\nmore of it")
+        except RuntimeError:
+            log.exception("Jax plugin configuration error")
+        if end:
+            raise AssertionError
+        return found
+
+    monkeypatch.setattr(jax, "devices", lambda: broken(True))
+    with pytest.raises(
+        UserError, match=r"cannot start on .* \(cuInit\(0\) failed: error 303\)\. See"
+    ):
+        all_devices()
+    monkeypatch.setattr(jax, "devices", lambda: broken(False))
+    assert all_devices() == found  # JAX took another platform, and the user is told so
+    assert capfd.readouterr().err == "note: JAX: cuInit(0) failed: error 303\n"
+    assert log.propagate and not log.handlers
 
 
 @pytest.mark.parametrize("module", ["main", "study", "report", "nano.card"])

@@ -8,6 +8,8 @@ Every array dimension has a *logical* name; `RULES` maps it to a mesh axis. Noth
 package knows where a dimension lives.
 """
 
+import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,17 +44,43 @@ def all_devices() -> list[jax.Device]:
     Raises:
       UserError: JAX cannot start on the platform that it is to use.
     """
+    # A plugin that fails is logged with its whole traceback; then JAX goes on to the next platform.
+    logger, kept = logging.getLogger("jax._src.xla_bridge"), _Kept()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(kept)
     try:
-        return sorted(jax.devices(), key=lambda device: device.process_index)
+        found = sorted(jax.devices(), key=lambda device: device.process_index)
     except Exception as error:  # RuntimeError, AssertionError, a plugin's own kinds of error
         asked = jax.config.jax_platforms
         named = f"JAX_PLATFORMS={asked}" if asked else "the accelerator of this machine"
-        words = str(error).strip().partition("\n")[0] or "it finds no such device"
+        words = _first_line(error) or "; ".join(kept.words) or "it finds no such device"
         raise UserError(
             f"JAX cannot start on {named} ({words}). See that the driver works (nvidia-smi) and "
             "that JAX is installed for it (JAX='jax[cuda12]' bash launch/install.sh), or run on "
             "the CPU: JAX_PLATFORMS=cpu"
         ) from error
+    finally:
+        logger.removeHandler(kept)
+        logger.propagate = before
+    for words in kept.words:
+        print(f"note: JAX: {words}", file=sys.stderr)
+    return found
+
+
+class _Kept(logging.Handler):
+    """Keeps what is logged: of an exception its first line, otherwise the message."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.words: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raised = record.exc_info[1] if record.exc_info else None
+        self.words.append(_first_line(raised) if raised else record.getMessage())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
