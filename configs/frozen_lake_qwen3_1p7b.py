@@ -21,7 +21,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.rounds = 2  # released scripts; Fig. 5 of the paper shows a third
     c.model.path = "Qwen/Qwen3-1.7B"
     c.model.thinking = True
-    c.mesh.fsdp = -1
+    c.mesh.fsdp = c.mesh.tp = c.sampler.slots = "auto"
     c.game.name = "frozen_lake"
 
     # Search ranges (paper Table 3) in brackets.

@@ -21,7 +21,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.rounds = 2
     c.model.path = "Qwen/Qwen3-8B"
     c.model.thinking = True
-    c.mesh.fsdp = -1
+    c.mesh.fsdp = c.mesh.tp = c.sampler.slots = "auto"
     c.game.name = "frozen_lake"
 
     # Search ranges (paper Table 3) in brackets.

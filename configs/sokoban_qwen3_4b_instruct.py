@@ -22,7 +22,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     c.rounds = 3
     c.model.path = "Qwen/Qwen3-4B-Instruct-2507"
     c.model.thinking = False
-    c.mesh.fsdp = -1
+    c.mesh.fsdp = c.mesh.tp = c.sampler.slots = "auto"
     c.game.name = "sokoban"
 
     # Search ranges (paper Table 3) in brackets.

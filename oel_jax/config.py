@@ -7,13 +7,13 @@ defaults are the recipe of Qwen3-4B on Frozen Lake (spec 2.1).
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from oel_jax import knowledge, negative_control, prompts
-from oel_jax.config_rules import HELD_OUT_BOARDS, rules
+from oel_jax.config_rules import AUTO, HELD_OUT_BOARDS, rules
 from oel_jax.distill.choices import chosen_loss, nonsense, unused
 from oel_jax.errors import UserError
 
@@ -24,11 +24,20 @@ MAX_TURNS = 5
 # Deploy seeds of two rounds are 10,000 games apart (spec 3.2).
 GAMES_PER_ROUND = 10_000
 
+# Slots by default, and where 'auto' cannot tell or at most.
+AUTO_SLOTS = 64
+_MAY_BE_AUTO = ("mesh.fsdp", "mesh.tp", "sampler.slots")
+
 # Row 7 of spec section 12: the wording of Figs. 11 and 10, where it differs from the released one.
 _PAPER_WORDING = {
     "v3": ("(the game environment (input)", "(previous experience, the game environment (input)"),
     "v4": ("history and the previous experience, generate", "history, generate"),
 }
+
+
+def _or_auto(number: int) -> ml_collections.FieldReference:
+    """A field that takes integers and 'auto', in a config file and on the command line."""
+    return ml_collections.FieldReference(number, field_type=object)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -48,15 +57,16 @@ def default() -> ml_collections.ConfigDict:
     m.attention_block = 256  # queries in a tile of attention: memory against speed
 
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.fsdp = 1  # devices that split parameters and batch; -1 = all that tp leaves
-    c.mesh.tp = 1  # devices that split heads, MLP width and vocabulary
+    # Both may be 'auto': what the planner finds quickest (oel_jax/planner/auto.py).
+    c.mesh.fsdp = _or_auto(1)  # devices that split parameters and batch; -1 = all that tp leaves
+    c.mesh.tp = _or_auto(1)  # devices that split heads, MLP width and vocabulary
 
     c.game = ml_collections.ConfigDict()
     c.game.name = "frozen_lake"  # 'frozen_lake', 'sokoban', or a game that you registered
     c.game.layout = "released"  # prompt layout: 'released' (with its quirks) or 'paper'
 
     c.sampler = s = ml_collections.ConfigDict()
-    s.slots = 64  # sequences generated at once
+    s.slots = _or_auto(AUTO_SLOTS)  # sequences generated at once; 'auto' as for the mesh
     s.max_len = 0  # cache length per slot in tokens; 0 = what the stage's budgets need
     s.decode_steps = 32  # tokens decoded per dispatch; speed only
     s.prefill_rows = 8  # prompts encoded per dispatch; speed only
@@ -174,6 +184,21 @@ def default() -> ml_collections.ConfigDict:
     c.log.tensorboard = True  # write event files beside metrics.jsonl
     c.log.console_every = 5.0  # seconds between progress lines
     return c
+
+
+def auto_fields(config: ml_collections.ConfigDict) -> list[str]:
+    """Fields that are 'auto': not decided yet."""
+    return [path for path in _MAY_BE_AUTO if leaves(config.to_dict())[path] == AUTO]
+
+
+def with_fields(
+    config: ml_collections.ConfigDict, values: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+    """A copy with these values; paths are dotted."""
+    config = config.copy_and_resolve_references()
+    with config.ignore_type():
+        config.update_from_flattened_dict(dict(values))
+    return config
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

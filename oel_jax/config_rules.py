@@ -9,6 +9,7 @@ from oel_jax.distill.choices import CORRECTIONS, SUPPORTS
 from oel_jax.negative_control import CONTROLS
 
 PRESETS = ("default", "paper", "released", "recommended")
+AUTO = "auto"  # a field that oel_jax/planner/auto.py decides at the start
 HELD_OUT_BOARDS = 128  # evaluation seeds of spec 3.2
 
 Rule = Callable[[Any], str | None]  # a value -> what it must be, or None if it is right
@@ -126,6 +127,14 @@ def traced_steps(text: str) -> range:
     return range(int(found[1]), int(found[2]) + 1)
 
 
+def _or_auto(rule: Rule) -> Rule:
+    def check(value: Any) -> str | None:
+        wrong = None if value == AUTO and type(value) is str else rule(value)
+        return wrong and f"{wrong}, or {AUTO!r}"
+
+    return check
+
+
 def _count_or_minus_one(value: Any) -> str | None:
     wrong = None if value == -1 and type(value) is int else _integer(1)(value)
     return wrong and f"{wrong}, or -1 for all devices that config.mesh.tp leaves"
@@ -140,17 +149,17 @@ def rules() -> dict[str, Rule]:
         "compilation_cache": _any_text,
         "negative_control": _choice("none", *CONTROLS),
         "profile": _profile,
-        "mesh.fsdp": _count_or_minus_one,
+        "mesh.fsdp": _or_auto(_count_or_minus_one),
+        "sampler.slots": _or_auto(_POSITIVE),
         "log.console_every": _number(0),
     }
     groups: dict[str, dict[str, Rule]] = {
         "model": {"path": _text, "dtype": _DTYPE, "thinking": _FLAG, "attention_block": _POSITIVE},
-        "mesh": {"tp": _POSITIVE},
+        "mesh": {"tp": _or_auto(_POSITIVE)},
         "game": {"name": _text, "layout": _choice("released", "paper")},
         "sampler": {
             **dict.fromkeys(
                 (
-                    "slots",
                     "decode_steps",
                     "prefill_rows",
                     "prefill_chunk",

@@ -65,11 +65,13 @@ def run(
     from oel_jax.metrics import Metrics, NoMetrics
     from oel_jax.parallel import processes
     from oel_jax.parallel.mesh import host_mesh, make_mesh
+    from oel_jax.planner.auto import settle
     from oel_jax.run import Run, check_model, keep_compiled, start_directory
     from oel_jax.skills import check_skills
     from oel_jax.workdir import Workdir
 
     keep_compiled(config.compilation_cache)
+    config, decided = settle(config)
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tp)
     processes.check_equal(as_json(config))
     # Before the workdir exists: it would remember a config that cannot run.
@@ -81,6 +83,8 @@ def run(
     with opened.open(plain, allow_change=allow_config_change) if first else nullcontext():
         for remark in remarks:
             print(f"note: {remark}")
+        if decided:
+            print(decided)
         devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s)"
         hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
         print(f"oel_jax: {devices}{hosts}, config {name}, workdir {opened.root}")

@@ -31,6 +31,7 @@ from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.planner import report
+from oel_jax.planner.auto import settle_for
 from oel_jax.planner.estimate import Plan
 from oel_jax.planner.measure import Compiled, compiled
 from oel_jax.planner.search import flags, on_target, ranked
@@ -73,6 +74,9 @@ def plan(
     cfg = model_shape(config.model.path)
     other = config.extract.model_path if has_extractor(config) else ""
     extractor = model_shape(other, "config.extract.model_path") if other else None
+    config, decided = settle_for(config, cfg, target, extractor)
+    if decided:
+        print(decided, flush=True)
     shapes = (cfg, target, assumed, extractor)
     compiling = compiling and bool(target.devices)
     given, why = None, ""

@@ -14,6 +14,7 @@ Exit status: 0; 1 when a run failed or --check found something; 2 for what the u
 
 import argparse
 import ast
+import dataclasses
 import datetime
 import gc
 import os
@@ -62,7 +63,7 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
     Raises:
       UserError: what is wrong before anything is run, naming study, variant and field.
     """
-    planned = runs(study, root)
+    planned = _settled(runs(study, root), devices)
     with _owned(root, study, planned) as today:
         _check_old_runs(planned)
         _check_models(planned, devices)
@@ -82,6 +83,23 @@ def run(study: Study, root: Path, devices: Sequence[Any] | None = None) -> tuple
     print(f"files: {root / 'results.csv'}, {root / 'results.json'}, {len(plots)} plots in", end=" ")
     print(f"{root / 'plots'}, {page}   curves: tensorboard --logdir {root}")
     return not failed, all(verdict.held for verdict in results.verdicts)
+
+
+def _settled(planned: Sequence[Planned], devices: Sequence[Any] | None) -> list[Planned]:
+    """The runs with numbers where a config says 'auto', see `oel_jax/planner/auto.py`."""
+    from oel_jax.planner.auto import settle
+
+    done, said = [], set()
+    for one in planned:
+        try:
+            config, line = settle(one.config, devices)
+        except UserError as error:
+            raise UserError(f"variant {one.variant.name}: {error}") from error
+        if line and line not in said:
+            print(f"variant {one.variant.name}, {line}")
+            said.add(line)
+        done.append(dataclasses.replace(one, config=config))
+    return done
 
 
 @contextmanager

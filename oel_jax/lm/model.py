@@ -196,7 +196,13 @@ def init_params(cfg: ModelConfig, key: Array, dtype: jnp.dtype = jnp.float32) ->
 
 def abstract_params(cfg: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
     """Shapes and dtypes of the parameters; nothing is allocated."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), dtype))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(cfg))
+
+
+@lru_cache(maxsize=16)
+def _shapes(cfg: ModelConfig) -> Params:
+    """Traced once for a model: the planner asks for it with every mesh that it tries."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
 def param_axes(cfg: ModelConfig) -> Params:

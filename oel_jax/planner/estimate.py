@@ -6,6 +6,7 @@ An estimate from peaks and assumed shares of them (`workload.Assumptions`), not 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from oel_jax.lm.prefix import padded_length
 from oel_jax.planner.costs import Cost, cost, rough_temporaries
@@ -65,7 +66,7 @@ class Plan:
         """The same without the compiler's word."""
         return replace(self, compiled={})
 
-    @property
+    @cached_property
     def costs(self) -> dict[str, Cost]:
         found = {name: cost(program, self.arrays) for name, program in self.programs.items()}
         for name, one in self.compiled.items():
@@ -73,7 +74,7 @@ class Plan:
                 found[name] = replace(found[name], sent=float(one.received))
         return found
 
-    @property
+    @cached_property
     def times(self) -> dict[str, Time]:
         return {name: self.time(one, self.programs[name]) for name, one in self.costs.items()}
 
@@ -89,7 +90,7 @@ class Plan:
         bound = max(parts, key=parts.get)
         return Time(parts[bound], bound)
 
-    @property
+    @cached_property
     def stages(self) -> list[Stage]:
         found = []
         for name, held in living(self.arrays).items():
@@ -126,7 +127,7 @@ class Plan:
     def fits(self) -> bool:
         return not self.too_large and self.margin >= 0
 
-    @property
+    @cached_property
     def hours(self) -> dict[str, float]:
         """Stage of a round -> hours."""
         return {name: seconds / 3600 for name, seconds in _seconds(self).items()}

@@ -1,12 +1,13 @@
 """Which mesh and how many slots would do? By rule of thumb first; the caller compiles the best."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import jax
 import ml_collections
 from jax.sharding import AxisType
 
+from oel_jax.config import AUTO_SLOTS, with_fields
 from oel_jax.config_fit import validate_against_model
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
@@ -18,6 +19,9 @@ from oel_jax.planner.workload import Assumptions, Layout, workload
 
 # A rule of thumb may be wrong both ways: shares of the memory that it may fill.
 LIKELY, PERHAPS = 0.9, 1.5
+
+# What `_variants` changes, if it is let.
+SEARCHED = ("mesh.fsdp", "mesh.tp", "sampler.slots", "sampler.weights")
 
 
 def layout(target: Target, fsdp: int, tp: int) -> Layout:
@@ -66,25 +70,42 @@ def on_target(
 
 
 def _variants(
-    config: ml_collections.ConfigDict, target: Target
+    config: ml_collections.ConfigDict, target: Target, free: Sequence[str]
 ) -> Iterator[ml_collections.ConfigDict]:
-    """The config with other meshes, with more and fewer slots, and with weights split or whole."""
+    """The config with other meshes, with more and fewer slots, and with weights split or whole.
+
+    Only fields in `free` (of `SEARCHED`) get other values. `prefill_rows` follows.
+    """
     for tp in range(1, target.each + 1):
         if target.each % tp:
             continue
+        fsdp = target.count // tp
+        if "mesh.tp" not in free and tp != config.mesh.tp:
+            continue
+        if "mesh.fsdp" not in free and config.mesh.fsdp not in (-1, fsdp):
+            continue
         step = target.each // tp  # a process's slots are split over these
-        most = max(config.sampler.slots, step)
+        slots = config.sampler.slots
+        most = max(AUTO_SLOTS if slots == "auto" else slots, step)
         sizes = {-(-most // step) * step >> half for half in range(8)}
         slots_of_mesh = sorted(size for size in sizes if size >= step and size % step == 0)
-        for slots, weights in product(
-            slots_of_mesh, ("split", "whole") if step > 1 else ("split",)
-        ):
-            other = config.copy_and_resolve_references()
+        if "sampler.slots" not in free:
+            slots_of_mesh = [slots]
+        ways = ("split", "whole") if step > 1 else ("split",)
+        if "sampler.weights" not in free:
+            ways = (config.sampler.weights,)
+        for slots, weights in product(slots_of_mesh, ways):
             rows = -(-config.sampler.prefill_rows // step) * step
-            other.mesh.fsdp, other.mesh.tp = target.count // tp, tp
-            other.sampler.slots, other.sampler.prefill_rows = slots, min(rows, slots)
-            other.sampler.weights = weights
-            yield other
+            yield with_fields(
+                config,
+                {
+                    "mesh.fsdp": fsdp,
+                    "mesh.tp": tp,
+                    "sampler.slots": slots,
+                    "sampler.prefill_rows": min(rows, slots),
+                    "sampler.weights": weights,
+                },
+            )
 
 
 def candidates(
@@ -93,14 +114,18 @@ def candidates(
     target: Target,
     assumed: Assumptions,
     extractor: ModelConfig | None = None,
+    free: Sequence[str] = SEARCHED,
 ) -> list[Plan]:
     """Plans on all meshes that suit model and target, whether they fit or not; nothing compiled.
+
+    Args:
+      free: fields of `SEARCHED` that may get other values than the config's.
 
     Raises:
       UserError: there is none.
     """
     found, why = [], None
-    for other in _variants(config, target):
+    for other in _variants(config, target, free):
         try:
             found.append(on_target(other, cfg, target, assumed, extractor))
         except UserError as error:  # this mesh is not for this model
@@ -116,6 +141,7 @@ def ranked(
     target: Target,
     assumed: Assumptions,
     extractor: ModelConfig | None = None,
+    free: Sequence[str] = SEARCHED,
 ) -> list[Plan]:
     """Plans that are worth compiling, the best first: those that should fit by the time a round
     takes, then those that may, the smallest first. Nothing is compiled here.
@@ -124,7 +150,7 @@ def ranked(
       UserError: as `candidates`.
     """
     size = target.device.memory
-    found = candidates(config, cfg, target, assumed, extractor)
+    found = candidates(config, cfg, target, assumed, extractor, free)
     likely = [plan for plan in found if plan.most.total <= LIKELY * size]
     others = [plan for plan in found if LIKELY * size < plan.most.total <= PERHAPS * size]
     likely.sort(key=lambda plan: sum(plan.hours.values()))

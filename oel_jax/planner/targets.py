@@ -43,7 +43,7 @@ class Device:
 # TPU: Cloud TPU documentation, pages "TPU v5e", "TPU v5p" and "TPU v6e": peak compute, HBM
 # bandwidth and inter-chip bandwidth per chip (1600, 4800 and 3200 Gbit/s). Memory: the limit that
 # libtpu's compiler itself names when a program is too large (15.75, 95.74 and 31.25 GiB).
-_TPU = {
+TPUS = {
     "v5e": Device("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 200e9),
     "v5p": Device("TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9),
     "v6e": Device("TPU v6e", int(31.25 * GIB), 918e12, 1600e9, 400e9),
@@ -53,7 +53,7 @@ _TPU = {
 # 900 GB/s both ways together, 8 to a node (HGX); between nodes one 400 Gbit/s port for each GPU.
 # Of the memory, JAX keeps what XLA_PYTHON_CLIENT_MEM_FRACTION says, 0.75 if it is not set; what it
 # leaves is for NCCL and the CUDA context.
-_GPU = {
+GPUS = {
     "h100": Device("NVIDIA H100 80GB", 80 * GIB, 989e12, 3350e9, 450e9, 8, 50e9),
     "h200": Device("NVIDIA H200 141GB", int(140.4 * GIB), 989e12, 4800e9, 450e9, 8, 50e9),
 }
@@ -105,15 +105,15 @@ def find(text: str, compiling: bool = True) -> Target:
       UserError: there is no such target, or what is needed to compile for it is not installed.
     """
     kind, _, size = text.partition(":")
-    if kind in _TPU and re.fullmatch(r"\d+(x\d+){1,2}", size):
-        return _tpu(text, _TPU[kind]) if compiling else _counted(text, _TPU[kind])
-    if kind in _GPU and re.fullmatch(r"[1-9]\d{0,4}", size):
-        return _gpu(text, _GPU[kind], int(size))
+    if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
+        return _tpu(text, TPUS[kind]) if compiling else _counted(text, TPUS[kind])
+    if kind in GPUS and re.fullmatch(r"[1-9]\d{0,4}", size):
+        return _gpu(text, GPUS[kind], int(size))
     if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,3}", size):
         return _cpu(text, int(size))
     raise UserError(
-        f"--target={text}: no such target; give a TPU slice as {', '.join(_TPU)} with its shape "
-        f"(v5p:4x4x4, v5e:4x4), GPUs as {', '.join(_GPU)} with their number (h200:8), or cpu:8"
+        f"--target={text}: no such target; give a TPU slice as {', '.join(TPUS)} with its shape "
+        f"(v5p:4x4x4, v5e:4x4), GPUs as {', '.join(GPUS)} with their number (h200:8), or cpu:8"
     )
 
 
