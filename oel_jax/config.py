@@ -20,6 +20,7 @@ from oel_jax.errors import UserError
 # Most turns of a game: games.MAX_TURNS, which is out of reach here because the server side, which
 # never imports a game, reads this module.
 MAX_TURNS = 5
+PAPER_GAMES = ("frozen_lake", "sokoban")
 
 # Deploy seeds of two rounds are 10,000 games apart (spec 3.2).
 GAMES_PER_ROUND = 10_000
@@ -63,6 +64,9 @@ def default() -> ml_collections.ConfigDict:
 
     c.game = ml_collections.ConfigDict()
     c.game.name = "frozen_lake"  # 'frozen_lake', 'sokoban', or a game that you registered
+    c.game.module = ""  # Python file that registers a game of one's own; '' = none
+    c.game.max_turns = MAX_TURNS  # most turns of a game; only a game of one's own has others
+    c.game.wrapper = "grid"  # first line of play prompts: 'grid' (paper), or 'plain' without a grid
     c.game.layout = "released"  # prompt layout: 'released' (with its quirks) or 'paper'
 
     c.sampler = s = ml_collections.ConfigDict()
@@ -233,7 +237,7 @@ def extractor_budget(config: ml_collections.ConfigDict) -> tuple[int, int]:
     knowledge is shown. The response may be l_max long, thinking included.
     """
     e = config.extract
-    history = (config.sampler.max_response + 512) * MAX_TURNS + 1024
+    history = (config.sampler.max_response + 512) * config.game.max_turns + 1024
     return e.max_prompt or history + (e.l_max if e.previous else 0), e.l_max
 
 
@@ -289,9 +293,7 @@ def refuse(path: str, value: Any, must: str) -> None:
     raise UserError(f"config.{path} is {value!r}; it must be {must}")
 
 
-def validate(
-    config: ml_collections.ConfigDict, games: Sequence[str] = ("frozen_lake", "sokoban")
-) -> list[str]:
+def validate(config: ml_collections.ConfigDict, games: Sequence[str] = PAPER_GAMES) -> list[str]:
     """Check every field and how fields fit together; touches no model and no device.
 
     Args:
@@ -314,7 +316,14 @@ def validate(
         if must:
             refuse(path, fields[path], must)
     if config.game.name not in games:
-        refuse("game.name", config.game.name, "one of " + ", ".join(games))
+        refuse(
+            "game.name",
+            config.game.name,
+            f"one of {', '.join(games)}; a game of your own is added with --game_module=FILE.py "
+            "(config.game.module)",
+        )
+    if config.game.name in PAPER_GAMES and config.game.max_turns != MAX_TURNS:
+        refuse("game.max_turns", config.game.max_turns, f"{MAX_TURNS} for {config.game.name}")
     _check_combinations(config)
     extraction_template(config)
     return _remarks(config)

@@ -156,7 +156,13 @@ def rules() -> dict[str, Rule]:
     groups: dict[str, dict[str, Rule]] = {
         "model": {"path": _text, "dtype": _DTYPE, "thinking": _FLAG, "attention_block": _POSITIVE},
         "mesh": {"tp": _or_auto(_POSITIVE)},
-        "game": {"name": _text, "layout": _choice("released", "paper")},
+        "game": {
+            "name": _text,
+            "module": _any_text,
+            "max_turns": _POSITIVE,
+            "wrapper": _choice("grid", "plain"),
+            "layout": _choice("released", "paper"),
+        },
         "sampler": {
             **dict.fromkeys(
                 (

@@ -14,16 +14,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from oel_jax import games, negative_control, preemption
 from oel_jax.config import play_budget
+from oel_jax.errors import UserError
 from oel_jax.experience import drawn_texts, texts_of_round
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.prefix import SHARED_FROM, common_prefix
 from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
+from oel_jax.lm.tokenizer import Tokenizer
 from oel_jax.metrics import table
 from oel_jax.parallel import processes
 from oel_jax.progress import Progress, waiting
@@ -79,7 +82,9 @@ class _Seat:
     def request(self) -> Request:
         """The prompt of the current turn."""
         played, run = self.played, self._run
-        self._prompt = play_prompt(played.game.situation(), played.job.knowledge)
+        self._prompt = play_prompt(
+            played.game.situation(), played.job.knowledge, run.config.game.wrapper
+        )
         self._observation = played.game.observation()
         thinking = run.config.model.thinking
         self._ids = self._model.tokenizer.chat(self._prompt, thinking=thinking)
@@ -99,6 +104,31 @@ class _Seat:
         self.played.tokens.append(len(done.ids) - done.stopped)
 
 
+def check_first_prompts(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:
+    """UserError if the game's first prompt is longer than `sampler.max_prompt`.
+
+    Asked before weights are loaded. What a whole game needs is read off a scripted one.
+    """
+    game = games.make(config.game.name, games.heldout_seeds(1)[0], config.game.layout)
+
+    def tokens() -> int:
+        prompt = play_prompt(game.situation(), wrapper=config.game.wrapper)
+        return len(tokenizer.chat(prompt, thinking=config.model.thinking))
+
+    first, most = tokens(), config.sampler.max_prompt
+    if first <= most:
+        return
+    longest = first
+    while not game.done:
+        longest = max(longest, tokens())
+        game.step(("[right]", "[left]")[game.turns % 2])
+    raise UserError(
+        f"config.sampler.max_prompt is {most}, but the first prompt of {config.game.name} has "
+        f"{first} tokens with this model's tokenizer; a scripted game reaches {longest}: set "
+        f"config.sampler.max_prompt to {-(-longest * 5 // 4 // 128) * 128} or more"
+    )
+
+
 def shared_beginning(run: Run, model: LanguageModel, text: str) -> tuple[int, ...]:
     """Ids that all play prompts with one knowledge text begin with; () if too few to matter.
 
@@ -106,7 +136,10 @@ def shared_beginning(run: Run, model: LanguageModel, text: str) -> tuple[int, ..
     prompts at the same place.
     """
     first, second = (
-        model.tokenizer.chat(play_prompt(situation, text), thinking=run.config.model.thinking)
+        model.tokenizer.chat(
+            play_prompt(situation, text, run.config.game.wrapper),
+            thinking=run.config.model.thinking,
+        )
         for situation in ("a", "1")
     )
     length = common_prefix(first, second)

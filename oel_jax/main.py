@@ -30,6 +30,7 @@ from oel_jax.workdir import STAGES
 _FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
 flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
+flags.DEFINE_string("game_module", None, "Python file with a game of your own.")
 flags.DEFINE_list("stages", list(STAGES), "Stages to do, in any subset.")
 flags.DEFINE_bool(
     "allow_config_change", False, "Go on in an old workdir although the config has changed."
@@ -56,11 +57,13 @@ def run(
     from oel_jax import games
     from oel_jax.config import as_json, validate
 
-    remarks = validate(config, games=games.names())
+    remarks = validate(config, games=games.known(config.game))
     if not stages or not set(stages) <= set(STAGES):
         raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(STAGES)}")
 
+    from oel_jax.deploy import check_first_prompts
     from oel_jax.experience import check_other_run
+    from oel_jax.lm.tokenizer import load_tokenizer
     from oel_jax.loop import learn
     from oel_jax.metrics import Metrics, NoMetrics
     from oel_jax.parallel import processes
@@ -76,6 +79,8 @@ def run(
     processes.check_equal(as_json(config))
     # Before the workdir exists: it would remember a config that cannot run.
     check_model(config, start_directory(config), mesh)
+    if {"deploy", "evaluate"} & set(stages):
+        check_first_prompts(config, load_tokenizer(start_directory(config)))
     check_other_run(config)
     check_skills(config)
     first, plain = processes.is_first(), as_json(config)
@@ -104,6 +109,8 @@ def _run_together() -> None:
     all_devices()  # a driver that does not work is named before anything asks for it
     preemption.listen()
     processes.quiet()
+    if f.game_module:
+        f.config.game.module = f.game_module
     others = processes.StopTogether(Path(f.workdir))
     try:
         run(

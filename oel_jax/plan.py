@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from oel_jax import games
 from oel_jax.config import check_field, has_extractor, validate
 from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
@@ -152,7 +153,7 @@ def _config(text: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
         check_field(path)
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
-    validate(config)
+    validate(config, games=games.known(config.game))
     return config
 
 
@@ -164,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:PRESET")
+    parser.add_argument("--game_module", help="Python file with a game of your own")
     parser.add_argument("--target", required=True, help="devices, e.g. v5p:4x4x4 or h200:8")
     parser.add_argument("--memory_gb", type=float, help="of one device, in place of the table's")
     parser.add_argument("--no_compile", action="store_true", help="count by hand: seconds, rough")
@@ -187,6 +189,8 @@ def _assumptions(config: ml_collections.ConfigDict, options: argparse.Namespace)
 
 
 def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
+    if options.game_module:
+        changes = changes | {"game.module": options.game_module}
     config = _config(options.config, changes)
     assumed = _assumptions(config, options)
     target = find(options.target, compiling=not options.no_compile)

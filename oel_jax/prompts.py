@@ -34,6 +34,11 @@ Given experience for rules or strategies you have learned:
 Current situation:
 """
 
+# For games without a grid (config `game.wrapper`); the rest is the paper's.
+PLAIN_HEAD = HEAD.replace(" playing a game on a grid,", " playing a game,")
+PLAIN_KNOWLEDGE_HEAD = KNOWLEDGE_HEAD.replace(" playing a game on a grid,", " playing a game,")
+HEADS = {"grid": (HEAD, KNOWLEDGE_HEAD), "plain": (PLAIN_HEAD, PLAIN_KNOWLEDGE_HEAD)}
+
 TAIL = (
     "\n\nWhat action do you take? "
     "(Remember to wrap your final answer of the action in square brackets)"
@@ -185,14 +190,15 @@ def _fill(template: str, values: dict[str, str]) -> str:
     return re.sub(keys, lambda match: values[match[0]], template)
 
 
-def play_prompt(situation: str, knowledge: str = "") -> str:
+def play_prompt(situation: str, knowledge: str = "", wrapper: str = "grid") -> str:
     """The user message of one turn (spec 4.4).
 
     Args:
         situation: the game's text so far, ending in one newline (`Game.situation`).
         knowledge: knowledge text for the front of the prompt; '' gives the form without knowledge.
+        wrapper: config `game.wrapper`, a key of `HEADS`.
     """
-    return with_knowledge(HEAD + situation + TAIL, knowledge)
+    return with_knowledge(HEADS[wrapper][0] + situation + TAIL, knowledge)
 
 
 def with_knowledge(prompt: str, knowledge: str) -> str:
@@ -204,12 +210,14 @@ def with_knowledge(prompt: str, knowledge: str) -> str:
     """
     if not knowledge:
         return prompt
-    if not prompt.startswith(HEAD):
+    found = [pair for pair in HEADS.values() if prompt.startswith(pair[0])]
+    if not found:
         raise UserError(
             f"cannot put knowledge into a prompt that does not start with {HEAD!r}; it starts with "
             f"{prompt[:80]!r}. Prompts of trajectories must be made by prompts.play_prompt"
         )
-    return _fill(KNOWLEDGE_HEAD, {"{experience}": knowledge}) + prompt[len(HEAD) :]
+    head, with_it = found[0]
+    return _fill(with_it, {"{experience}": knowledge}) + prompt[len(head) :]
 
 
 def without_knowledge(prompt: str, knowledge: str) -> str:
@@ -217,13 +225,14 @@ def without_knowledge(prompt: str, knowledge: str) -> str:
 
     Raises UserError when the prompt does not start with that knowledge.
     """
-    start = _fill(KNOWLEDGE_HEAD, {"{experience}": knowledge}) if knowledge else HEAD
-    if not prompt.startswith(start):
-        raise UserError(
-            "a prompt does not begin with the knowledge that was drawn for it; the round's texts "
-            f"have changed since it was played. It begins with {prompt[:80]!r}"
-        )
-    return HEAD + prompt[len(start) :]
+    for head, with_it in HEADS.values():
+        start = _fill(with_it, {"{experience}": knowledge}) if knowledge else head
+        if prompt.startswith(start):
+            return head + prompt[len(start) :]
+    raise UserError(
+        "a prompt does not begin with the knowledge that was drawn for it; the round's texts "
+        f"have changed since it was played. It begins with {prompt[:80]!r}"
+    )
 
 
 def math_prompt(problem: str, knowledge: str = "") -> str:

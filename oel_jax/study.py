@@ -289,11 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--study", required=True, help="FILE.py or FILE.py:PRESET")
     parser.add_argument("--workdir", required=True, type=Path, help="of the study")
+    parser.add_argument("--game_module", help="Python file with a game of your own")
     parser.add_argument("--seeds", default="", help="loop seeds, instead of the study's own")
     parser.add_argument("--check", action="store_true", help="1 if an expectation did not hold")
     given, rest = parser.parse_known_args(arguments)
     try:
-        study = load(given.study, _seeds(given.seeds), config_changes(rest))
+        changes = config_changes(rest)
+        if given.game_module:
+            changes["game.module"] = given.game_module
+        study = load(given.study, _seeds(given.seeds), changes)
         print(study.about.partition("\n")[0])
         finished, held = run(study, given.workdir)
     except UserError as error:

@@ -58,6 +58,7 @@ def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 FREE_FIELDS = {
     "rounds": "more rounds extend a run; with fewer, those that are there stay",
     "log": "what is printed and drawn",
+    "game.module": "where the file of a game is; its name and turns stay",
     "mesh": "the same computation on other devices",
     "sampler.slots": "a game's randomness does not depend on who else is in the batch",
     "sampler.max_len": "room in the cache, not content",

@@ -11,13 +11,13 @@ from tiny_run import as_flags, tiny_config
 from oel_jax import main as oel_main
 from oel_jax import nano
 from oel_jax.config import as_json, auto_fields, default, validate, with_fields
+from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
 from oel_jax.planner import auto
 from oel_jax.planner.search import on_target
 from oel_jax.planner.shapes import model_shape
 from oel_jax.planner.targets import GPUS, TPUS, Target
 from oel_jax.planner.workload import Assumptions
-from oel_jax.studies.plan import load_config
 from oel_jax.workdir import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -147,7 +147,7 @@ def test_placed_bytes_are_those_of_real_arrays(grid):
 @pytest.mark.parametrize("grid", [(256, 1), (128, 2), (64, 4)])
 def test_a_device_of_256_holds_its_256th(grid):
     """Parameters and optimizer, within the 10 % that the issue allows."""
-    target = targets.Target("toy:256", targets._TPU["v6e"], 256, 4)
+    target = targets.Target("toy:256", targets.TPUS["v6e"], 256, 4)
     path, slots = "Qwen/Qwen3-8B", {"sampler__slots": 64, "sampler__prefill_rows": 64}
     arrays = planned(path, target, mesh__fsdp=grid[0], mesh__tp=grid[1], **slots).arrays
     held = device_bytes(arrays.masters) + device_bytes(arrays.moments)
@@ -481,13 +481,13 @@ def test_targets(monkeypatch):
     assert gpus.link == gpus.device.far < gpus.device.link
     monkeypatch.setenv(targets.MEMORY_SHARE, "0.5")
     half = targets.find("h200:8")
-    assert half.device.memory == targets._GPU["h200"].memory // 2 and half.link == half.device.link
+    assert half.device.memory == targets.GPUS["h200"].memory // 2 and half.link == half.device.link
     said = report.whole(planned("Qwen/Qwen3-8B", half), "x.py")
     assert "not compiled: JAX's CUDA plugin is not installed here" in said
 
 
 def test_a_gpu_is_described_with_all_its_numbers():
-    text = targets._described(targets._GPU["h200"])
+    text = targets._described(targets.GPUS["h200"])
     assert "memory_bandwidth: 4800000000000\n" in text and '"NVIDIA H200 141GB"' in text
     assert "device_memory_size: 150" in text
 

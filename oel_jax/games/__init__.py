@@ -10,10 +10,12 @@
 of random and perfect play that belong next to every result.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from typing import Any
 
 from ..errors import UserError
+from . import own
 from .actions import NO_ACTION, parse_action
 from .boards import FrozenLakeModel, SokobanModel
 from .frozen_lake import FrozenLake
@@ -32,6 +34,7 @@ __all__ = [
     "deploy_seeds",
     "extraction_seeds",
     "heldout_seeds",
+    "known",
     "make",
     "model",
     "names",
@@ -60,6 +63,24 @@ def register(name: str, factory: Callable[[int, str], Game], bounds: Bounds | No
 def names() -> list[str]:
     """The names of all games that `make` knows."""
     return sorted(_factories)
+
+
+def known(game: Mapping[str, Any]) -> list[str]:
+    """All names, with those of the file in `game.module`, whose game is tried at once.
+
+    Args:
+      game: the config's section `game`.
+
+    Raises:
+      UserError: the file or the game in it is not as it should be.
+    """
+    if game["module"]:
+        own.load(game["module"], _factories)
+    name = game["name"]
+    if name in _factories and name not in _MODELS:
+        seed = heldout_seeds(1)[0]
+        own.check(name, _factories[name], seed, game["layout"], game["max_turns"])
+    return names()
 
 
 def _known(name: str) -> str:

@@ -350,7 +350,7 @@ def runs(study: Study, root: Path) -> list[Planned]:
             try:
                 config = _with(variant.config or study.config, changes)
                 config.seed = seed
-                validate(config, games=games.names())
+                validate(config, games=games.known(config.game))
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
             planned.append(Planned(variant, seed, config, run_directory(root, variant.name, seed)))
