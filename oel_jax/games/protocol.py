@@ -39,6 +39,8 @@ game is one class and one `register` call; this is a complete one:
 
     games.register("side", GuessTheSide)
 
+In a file, it is given to a run as `--game_module=FILE.py --config.game.name=side`.
+
 Source: spec sections 3.6, 3.7, 4.2, 4.3 and 6.1; TextArena's own limits (30 and 100 turns) never
 bind.
 """
