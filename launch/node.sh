@@ -13,5 +13,5 @@ check_config "${words[0]}"
 # JAX takes 75 % of a GPU's memory unless it is told to take more.
 run export "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 run env "JAX=${JAX:-jax[cuda12]}" bash launch/install.sh
-run exec bash launch/logged.sh "$workdir/logs/process-0.log" .venv/bin/python -m oel_jax.main \
-  --config="$config" --workdir="$workdir" "${flags[@]}"
+run exec .venv/bin/python -S launch/logged.py "$workdir/logs/process-0.log" \
+  .venv/bin/python -m oel_jax.main --config="$config" --workdir="$workdir" "${flags[@]}"

@@ -44,6 +44,7 @@ state() {  # READY, PREEMPTED, ...; empty if there is no such slice
 
 scratch=$(mktemp -d)
 created=
+running=
 # shellcheck disable=SC2329  # called by traps
 finish() {  # on every way out: bring the results here, stop what costs money
   local code=$?
@@ -70,6 +71,7 @@ finish() {  # on every way out: bring the results here, stop what costs money
 interrupted() {
   echo "stopping the workers" >&2
   on_workers bash oel/launch/tpu_worker.sh stop || true
+  [ -z "$running" ] || wait "$running" || true
   exit 130
 }
 
@@ -121,7 +123,11 @@ trap interrupted INT TERM
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   create
   code=0
-  once || code=$?
+  # In the background: a trap waits for what runs in the foreground, and a run takes days.
+  once </dev/null &
+  running=$!
+  wait "$running" || code=$?
+  running=
   case $code in
     0 | 2 | 130) exit "$code" ;;
     75) echo "stopped by a notice and saved; going on" >&2 ;;

@@ -12,7 +12,7 @@ stop() {  # SIGTERM, time to save, SIGKILL
   local pid
   pid=$(cat "$pid_file" 2>/dev/null) || return 0
   # The number may belong to another program after a restart of the machine.
-  grep -qs logged.sh "/proc/$pid/cmdline" || return 0
+  grep -qsE 'launch/(logged.py|tpu_worker.sh)' "/proc/$pid/cmdline" || return 0
   echo "stopping process $pid of an older run"
   kill -TERM "$pid"
   for _ in $(seq "${STOP_SECONDS:-180}"); do
@@ -64,14 +64,14 @@ case ${1:-} in
     workdir=$2
     shift 2
     stop
+    echo $$ >"$pid_file"  # it stays this process; from here on `stop` finds it
     mount_share
     find_or_install_python >/dev/null
     JAX=${JAX:-jax[tpu]} bash launch/install.sh
     find_the_others
     export HF_HOME=$MOUNT/huggingface  # one download for all workers and all starts
-    echo $$ >"$pid_file"
-    exec bash launch/logged.sh "$workdir/logs/process-${OEL_PROCESS_ID:-0}.log" .venv/bin/python \
-      -m oel_jax.main --workdir="$workdir" "$@"
+    exec .venv/bin/python -S launch/logged.py "$workdir/logs/process-${OEL_PROCESS_ID:-0}.log" \
+      .venv/bin/python -m oel_jax.main --workdir="$workdir" "$@"
     ;;
   *)
     usage >&2

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ from oel_jax.lm.sampling import Sampling
 from oel_jax.metrics import mean_values, table
 from oel_jax.metrics import read as read_metrics
 from oel_jax.parallel import processes
+from oel_jax.parallel.lookout import Lookout
 from oel_jax.parallel.mesh import device_bytes, put_batch
 from oel_jax.profiling import StepTrace
 from oel_jax.progress import Progress, waiting
@@ -89,6 +90,7 @@ class _Round:
     add: Accumulator
     tx: Any
     progress: Progress
+    lookout: Lookout
 
 
 def consolidate(run: Run, round_number: int) -> list[Path]:
@@ -130,23 +132,39 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             run.progress(settings.steps, "steps", label, done=student.step) as progress,
         ):
             progress.follow(tokens=lambda: sampler.written)
-            this = _Round(run, round_number, teacher, head, sampler, step_config, add, tx, progress)
-            stopped = None
+            this = _Round(
+                run,
+                round_number,
+                teacher,
+                head,
+                sampler,
+                step_config,
+                add,
+                tx,
+                progress,
+                Lookout(),
+            )
+            stopped, watch, number = None, guard.Guard(run), student.step
             while student.step < settings.steps and not stopped:
                 trace.before(student.step + 1)
-                values = _step(this, student)
-                trace.after(student.step)
-                stopped = guard.broken(run, student.step, values)
+                try:
+                    values = _step(this, student)
+                except preemption.Preempted:  # before the update: the step is done again
+                    student.step = number
+                    _put_away(run, student)
+                    _save_and_stop(this, student, checkpoints)
+                number = student.step
+                preemption.hold_until_saved()
+                trace.after(number)
+                stopped = watch.broken(number, values)
                 if stopped:
                     break
                 if student.step in config.evaluate.steps and student.step < settings.steps:
                     _export(this, student, run.workdir.policy_at(round_number, student.step))
-                noticed = processes.any_says(preemption.noticed())
-                if noticed or (student.step < settings.steps and checkpoints.due(student.step)):
-                    checkpoints.save(student.step, student.saved())
-                if noticed:
-                    checkpoints.wait()
-                    raise preemption.Preempted
+                if processes.any_says(preemption.noticed()):
+                    _save_and_stop(this, student, checkpoints)
+                if number < settings.steps and checkpoints.due(number):
+                    checkpoints.save(number, student.saved())
                 progress.say("")
                 progress.update(note=_note(values))
         checkpoints.wait()
@@ -242,6 +260,15 @@ def _last_good(
     return _start(run, round_number, tx, checkpoints)
 
 
+def _save_and_stop(this: _Round, student: _Student, checkpoints: RoundCheckpoints) -> NoReturn:
+    """After a notice: the last finished step to disk."""
+    number, steps = student.step, this.run.config.consolidate.steps
+    if number:
+        checkpoints.save(number, student.saved())
+        checkpoints.wait()
+    raise preemption.Preempted(f"round {this.number}: optimizer step {number} of {steps} is kept")
+
+
 def _stop(run: Run, round_number: int, broken: guard.Broken, kept: int) -> Path:
     """Say and record that a guard ended the round."""
     file = run.workdir.guard_file(round_number)
@@ -301,11 +328,11 @@ def _start(run: Run, round_number: int, tx: Any, checkpoints: RoundCheckpoints) 
         average = jax.tree.map(jnp.copy, params)
     student = _Student(params, jax.jit(tx.init)(params), 0, average)
     _put_away(run, student)
-    if not checkpoints.steps:
+    latest = processes.from_first(max(checkpoints.steps, default=0))
+    if not latest:
         return student
-    latest = checkpoints.steps[-1]
     saved = checkpoints.restore(latest, student.saved())
-    print(f"going on from optimizer step {latest}")
+    print(f"resuming from optimizer step {latest}")
     return _Student(saved["params"], saved["state"], latest, saved.get("teacher"))
 
 
@@ -348,8 +375,6 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
         "response_tokens": (sum(lengths) - stopped, len(made)),
         "cut_off": (len(made) - stopped, len(made)),
     }
-    if lengths:
-        run.metrics.histogram("response_tokens", number, lengths, "consolidate", this.number)
     student.step = number
     if samples:
         trained, slots = _train(this, student, samples)
@@ -360,6 +385,8 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
         timing["trained_tokens_per_second"] = read_tokens / max(seconds, 1e-9)
         timing["packing"] = read_tokens / slots
     timing["response_tokens_per_second"] = sum(lengths) / max(timing["rollout_seconds"], 1e-9)
+    if lengths:
+        run.metrics.histogram("response_tokens", number, lengths, "consolidate", this.number)
     run.metrics.scalars("consolidate", number, values, round=this.number, time_values=timing)
     return mean_values(values)
 
@@ -389,6 +416,7 @@ def _train(
         inputs = (student.params, teacher.model.params, teacher.prefix(text).cache)
         batch = put_batch(run.mesh, filled)
         gradients, sums = this.add(gradients, *inputs, batch, own.get(text))
+        this.lookout.after(sums)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     student.params, student.state, done = update(
         student.params, student.state, gradients, tx=this.tx, clip_norm=settings.clip_norm
@@ -423,7 +451,9 @@ def _train(
 def _choose(this: _Round, samples: list[Sample]) -> tuple[list[Sample], dict[str, Any]]:
     """The turns where knowledge moves the teacher most, and numbers about them."""
     settings = this.run.config.consolidate
-    scores = moved(samples, this.teacher, this.step, settings.token_budget, this.run.mesh)
+    scores = moved(
+        samples, this.teacher, this.step, settings.token_budget, this.run.mesh, this.lookout
+    )
     chosen = selected(scores, settings.turn_fraction, settings.turn_floor)
     values = {
         "sensitivity": float(scores.mean()),

@@ -179,19 +179,20 @@ def play(
     progress.follow(most, turns=lambda: turns, tokens=lambda: sampler.written - before)
     newcomers = sit()
     sampler.submit(islice(newcomers, seats))
-    while sampler.busy:
-        preemption.stop_if_noticed()
-        for done in sampler.poll(model.params):
-            seat = done.tag
-            seat.respond(done)
-            turns += 1
-            answered += len(done.ids)
-            if not seat.played.game.done:
-                sampler.submit([seat.request()])
-                continue
-            progress.update()
-            yield seat.played
-            sampler.submit(islice(newcomers, 1))
+    with preemption.holding():
+        while sampler.busy:
+            preemption.stop_if_noticed("finished games are kept")
+            for done in sampler.poll(model.params):
+                seat = done.tag
+                seat.respond(done)
+                turns += 1
+                answered += len(done.ids)
+                if not seat.played.game.done:
+                    sampler.submit([seat.request()])
+                    continue
+                progress.update()
+                yield seat.played
+                sampler.submit(islice(newcomers, 1))
 
 
 def in_order(played: Iterable[Played], jobs: Iterable[Job]) -> Iterator[Played]:

@@ -5,5 +5,13 @@ class UserError(ValueError):
     """A problem with the user's input: a config field, a file, a model directory.
 
     The message names the field or the file and says what to do. `main` prints the message alone,
-    without a traceback, and exits with status 2.
+    without a traceback, and exits with `status`.
     """
+
+    status = 2  # a mistake that has to be mended first
+
+
+class TryAgain(UserError):
+    """What may be well without a change when the same command is run again later."""
+
+    status = 75  # as after a notice to stop, see oel_jax/preemption.py

@@ -91,10 +91,14 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
     label = f"round {round_number} extract"
     done = sum(chain.done for chain in chains)
     calls = config.n_run * len(chains)
-    with run.progress(calls, "calls", label, done=done) as progress:
+    safe_place = partial(preemption.stop_if_noticed, "finished texts are kept")
+    with (
+        run.progress(calls, "calls", label, done=done) as progress,
+        preemption.holding(),
+    ):
         progress.follow(lambda: (calls - done) * budget, tokens=lambda: sampler.written)
         for start in range(first + 1, config.n_run + 1, width):
-            preemption.stop_if_noticed()
+            safe_place()
             steps = range(start, min(start + width, config.n_run + 1))
             requests = [
                 _request(run, extractor, player, round_number, chain, step)
@@ -102,7 +106,7 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
                 for step in steps
                 if step > chain.done
             ]
-            for answer in sampler.generate(extractor.params, requests):
+            for answer in sampler.generate(extractor.params, requests, safe_place):
                 chain, step = answer.tag
                 _absorb(run, extractor, round_number, chain, step, answer, opened)
                 progress.update()

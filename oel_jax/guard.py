@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oel_jax.metrics import read as read_metrics
+from oel_jax.parallel import processes
 from oel_jax.run import Run
 
 # Guarded metric of consolidation -> field of config.guard with its band, as factors of the start.
@@ -44,25 +45,48 @@ def watches(config: Any) -> bool:
     return any(config.guard[field] for field in BANDS.values())
 
 
-def broken(run: Run, step: int, values: Mapping[str, float]) -> Broken | None:
-    """The first measure of a step that is out of its band, or None.
+class Guard:
+    """Judges the steps of a round; to be made once its rows in `metrics.jsonl` are rewound.
 
     Bands are factors of the same number in the very first step of the run, so that a slow drift
-    over many rounds is seen as well.
+    over many rounds is seen as well. Process 0 has those numbers: it reads them once, keeps them in
+    memory, decides, and tells the others.
     """
-    for measure, field in BANDS.items():
-        band = run.config.guard[field]
-        if not band or measure not in values:  # a step that had nothing to learn from
-            continue
-        low, high = (factor * _first_value(run, measure) for factor in band)
-        if not low <= values[measure] <= high:
-            return Broken(step, measure, values[measure], low, high)
-    return None
 
+    def __init__(self, run: Run):
+        self._bands = {
+            measure: run.config.guard[field]
+            for measure, field in BANDS.items()
+            if run.config.guard[field]
+        }
+        self._first: dict[str, float] = {}
+        if self._bands and processes.is_first():
+            for row in read_metrics(run.workdir.metrics_file):
+                if row["stage"] == "consolidate":
+                    self._remember(row["values"])
 
-def _first_value(run: Run, measure: str) -> float:
-    """The measure in the first step of the run that has it."""
-    for row in read_metrics(run.workdir.metrics_file):
-        if row["stage"] == "consolidate" and measure in row["values"]:
-            return row["values"][measure]
-    raise AssertionError("a step is logged before it is judged")
+    def _remember(self, values: Mapping[str, Any]) -> None:
+        for measure in self._bands.keys() & values.keys():
+            self._first.setdefault(measure, float(values[measure]))  # "NaN" is a text in the file
+
+    def broken(self, step: int, values: Mapping[str, float]) -> Broken | None:
+        """The first measure of a step that is out of its band, or None; the same on all processes.
+
+        Args:
+          values: the step's numbers by name, as they are logged; those of process 0 count. A step
+            that had nothing to learn from lacks some.
+        """
+        if not self._bands:
+            return None
+        found = processes.from_first(self._judge(values) if processes.is_first() else None)
+        return Broken(step, *found) if found else None
+
+    def _judge(self, values: Mapping[str, float]) -> tuple[str, float, float, float] | None:
+        self._remember(values)
+        for measure, band in self._bands.items():
+            if measure not in values:
+                continue
+            low, high = (factor * self._first[measure] for factor in band)
+            if not low <= values[measure] <= high:
+                return measure, values[measure], low, high
+        return None

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oel_jax import negative_control, report
+from oel_jax import negative_control, preemption, report
 from oel_jax.config import as_json, leaves
 from oel_jax.consolidate import consolidate
 from oel_jax.deploy import demonstrate, deploy
@@ -125,10 +125,11 @@ def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> 
         return
     began, compiled = time.monotonic(), compile_seconds()
     taken = run.shelf.take(run, number, name) if run.shelf else None
-    files = taken or work()
-    seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
-    record = partial(run.workdir.finish, number, name, files, seconds)
-    processes.first_does(f"{number} {name} is finished", record)
+    with preemption.holding(0):  # what the stage holds, it holds until it is recorded
+        files = taken or work()
+        seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
+        record = partial(run.workdir.finish, number, name, files, seconds)
+        processes.first_does(f"{number} {name} is finished", record)
     if run.shelf:
         run.shelf.put(run, number, name)
     timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}

@@ -4,9 +4,9 @@ Single fields are overridden with `--config.rounds=2`; `--stages=deploy,extract`
 done. The same command goes on where the last one stopped. On several hosts each runs this command
 with a workdir that all of them see (launch/README.md).
 
-Exit status: 0 finished; 2 a mistake that can be mended, or a stage that needs another one first;
-75 saved and stopped before the machine is taken away: run the same command again; 130 stopped by
-Ctrl-C.
+Exit status: 0 finished; 2 a mistake that can be mended, or a stage that needs another one first; 75
+run the same command again: saved and stopped before the machine is taken away, or other processes
+did not come; 130 stopped by Ctrl-C (the first one saves, a second one stops at once).
 """
 
 import os
@@ -18,11 +18,15 @@ from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
+from oel_jax import preemption
+
+if __name__ == "__main__":
+    preemption.listen()  # before what takes time to import: a notice may come at once
+
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from oel_jax import preemption
 from oel_jax.config_file import check_config, existing, explain
 from oel_jax.errors import UserError
 from oel_jax.workdir import STAGES
@@ -38,6 +42,9 @@ flags.DEFINE_bool(
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes.")
 flags.DEFINE_integer("processes", None, "Number of processes.")
 flags.DEFINE_integer("process_id", None, "This process, from 0.")
+flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1
+)
 
 
 def run(
@@ -105,13 +112,15 @@ def _run_together() -> None:
     from oel_jax.parallel.mesh import all_devices
 
     f = _FLAGS
-    processes.join(processes.find_cluster(f.coordinator, f.processes, f.process_id))
+    cluster = processes.find_cluster(f.coordinator, f.processes, f.process_id)
+    processes.join(cluster, f.join_timeout)
+    preemption.listen()  # again: JAX takes SIGTERM for itself when processes meet
     all_devices()  # a driver that does not work is named before anything asks for it
-    preemption.listen()
     processes.quiet()
     if f.game_module:
         f.config.game.module = f.game_module
     others = processes.StopTogether(Path(f.workdir))
+    preemption.tell_others(others.pass_on, others.tell)
     try:
         run(
             f.config,
@@ -132,14 +141,9 @@ def _run_together() -> None:
 def _last_words(error: BaseException) -> tuple[str, int]:
     """What to say about the end of a run, and its exit status."""
     if isinstance(error, UserError):
-        return f"error: {error}", 2
+        return f"error: {error}", error.status
     if isinstance(error, preemption.Preempted):
-        return (
-            "stopped by a preemption notice; all work is saved: run the same command again",
-            preemption.STATUS,
-        )
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped. Finished work is kept; the same command goes on from here.", 130
+        return preemption.last_words(error.kept), preemption.status()
     return "".join(traceback.format_exception(error)), 1
 
 
@@ -206,7 +210,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _fail(error: BaseException) -> None:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(getattr(error, "status", UserError.status))
 
 
 def main(_: list[str]) -> None:
@@ -221,7 +225,7 @@ def main(_: list[str]) -> None:
         _run_together()
     except UserError as error:
         _fail(error)
-    except (KeyboardInterrupt, preemption.Preempted) as error:
+    except preemption.Preempted as error:
         message, status = _last_words(error)
         print(f"\n{message}", file=sys.stderr)
         sys.exit(status)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oel_jax import prompts
+from oel_jax import preemption, prompts
 from oel_jax.distill.packing import Sample
 from oel_jax.distill.teacher import Teacher
 from oel_jax.errors import UserError
@@ -67,7 +67,7 @@ def on_policy(
     ]
     weights = run.played_with(on_host(weights, run.mesh, run.host))
     sampler.forget()  # the weights have changed
-    answers = _all_answers(sampler.generate(weights, processes.share(requests)))
+    answers = _all_answers(_own_answers(sampler, weights, processes.share(requests)))
     drawn = drawn_texts(round_number, number, len(batch), len(teacher.texts))
     own = own_contexts(run, games, teacher.model.tokenizer)
     samples = []
@@ -86,11 +86,28 @@ def _kept(run: Run, batch: list[Prefix]) -> list[Prefix]:
     return batch[: len(batch) - len(batch) % max(run.config.consolidate.drop_remainder, 1)]
 
 
-def _all_answers(mine: Sequence[Completion]) -> list[Completion]:
-    """The answers of all processes, in the order of all requests."""
-    if processes.count() == 1:
+def _own_answers(
+    sampler: Sampler, weights: Any, requests: Sequence[Request]
+) -> list[Completion] | None:
+    """This process's answers; None if it was told to stop."""
+    try:
+        return sampler.generate(weights, requests, preemption.stop_if_noticed)
+    except preemption.Preempted:
+        return None
+
+
+def _all_answers(mine: Sequence[Completion] | None) -> list[Completion]:
+    """The answers of all processes, in the order of all requests.
+
+    Raises:
+      preemption.Preempted: one of the processes has stopped before it had all; on all of them.
+    """
+    if processes.count() == 1 and mine is not None:
         return list(mine)
-    said = processes.exchange([[c.ids, c.log_probs.tolist(), c.stopped] for c in mine])
+    plain = mine and [[c.ids, c.log_probs.tolist(), c.stopped] for c in mine]
+    said = processes.exchange(plain)
+    if None in said:
+        raise preemption.Preempted
     return [
         Completion(None, ids, np.array(log_probs, np.float32), stopped)
         for ids, log_probs, stopped in processes.together(said)

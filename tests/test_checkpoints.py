@@ -1,8 +1,6 @@
 """Checkpoints inside a round: whole or absent, bounded, and readable on other devices."""
 
-import os
 import shutil
-import signal
 from collections import namedtuple
 
 import jax
@@ -11,9 +9,12 @@ import numpy as np
 import pytest
 from tiny_run import copy_of, go, results, tiny_config
 
-from oel_jax import checkpoints, preemption
+from oel_jax import checkpoints, preemption, rollouts
+from oel_jax import consolidate as stage
 from oel_jax.checkpoints import RoundCheckpoints
+from oel_jax.distill.memory import Accumulator
 from oel_jax.errors import UserError
+from oel_jax.metrics import read
 from oel_jax.parallel.mesh import make_mesh, spec
 
 
@@ -107,38 +108,46 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
 # --- in a run -------------------------------------------------------------------------------------
 
 
-def test_signals_are_notices():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    try:
-        preemption.listen()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            preemption._noticed.clear()
-            os.kill(os.getpid(), number)
-            with pytest.raises(preemption.Preempted):
-                preemption.stop_if_noticed()
-    finally:
-        preemption._noticed.clear()
-        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
-            signal.signal(number, handler)
-    preemption.stop_if_noticed()
-
-
 def noticed_after(monkeypatch, calls):
     """A notice that comes when it has been asked for so many times."""
     left = iter(range(calls))
     monkeypatch.setattr(preemption, "noticed", lambda: next(left, None) is None)
 
 
-@pytest.mark.parametrize("save_every", [1, 1000])
+def noticed_in(monkeypatch, owner, name, call):
+    """A notice that comes while `owner.name` is called for the `call`-th time."""
+    real, made = getattr(owner, name), []
+
+    def noted(*arguments, **more):
+        made.append(1)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, noted)
+    monkeypatch.setattr(preemption, "noticed", lambda: len(made) >= call)
+
+
+# Where the notice of the second step comes, and the step that is then on disk.
+PLACES = {
+    "rollouts": (rollouts, "_own_answers", 2, "1"),
+    "micro-batches": (Accumulator, "__call__", 0, "1"),
+    "update": (stage, "update", 2, "2"),
+}
+
+
+@pytest.mark.parametrize("place, save_every", [(p, 1000) for p in PLACES] + [("update", 1)])
 def test_a_notice_saves_the_step_and_the_run_goes_on_the_same(
-    finished_run, tmp_path, monkeypatch, save_every
+    finished_run, tmp_path, monkeypatch, place, save_every
 ):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     config = tiny_config(consolidate__save_every=save_every)
-    noticed_after(monkeypatch, 1)
-    with pytest.raises(preemption.Preempted):
+    owner, name, call, kept = PLACES[place]
+    if not call:  # in the second step: behind the micro-batches of the first one
+        rows = [r for r in read(finished_run / "metrics.jsonl") if r["stage"] == "consolidate"]
+        call = int(rows[0]["values"]["micro_batches"]) + 1
+    noticed_in(monkeypatch, owner, name, call)
+    with pytest.raises(preemption.Preempted, match=f"step {kept} of 3 is kept"):
         go(work, config)
-    assert [path.name for path in (work / "round_001" / "consolidate").iterdir()] == ["2"]
+    assert [path.name for path in (work / "round_001" / "consolidate").iterdir()] == [kept]
     monkeypatch.undo()
     go(work, config)
     assert results(work) == results(finished_run)
@@ -169,7 +178,7 @@ def test_a_round_goes_on_with_other_devices(finished_run, tmp_path, monkeypatch)
             mesh = make_mesh(devices, 1, jax.devices()[:devices])
             monkeypatch.setattr(tiny_run, "make_mesh", lambda *_, mesh=mesh: mesh)
             if step < len(meshes):
-                noticed_after(monkeypatch, 0)
+                noticed_in(monkeypatch, stage, "update", 1)
                 with pytest.raises(preemption.Preempted):
                     go(work, config, ["consolidate"], change=True)
             else:

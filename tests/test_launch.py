@@ -6,10 +6,8 @@ Those of clusters are in test_launch_clusters.py.
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -147,8 +145,9 @@ def test_node_sh_runs_one_process_and_keeps_its_log(project):
 DRY_NODE = """\
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 env 'JAX=jax[cuda12]' bash launch/install.sh
-bash launch/logged.sh runs/nano_frozen_lake/logs/process-0.log .venv/bin/python -m oel_jax.main \
---config=configs/nano_frozen_lake.py --workdir=runs/nano_frozen_lake --config.rounds=5 \
+.venv/bin/python -S launch/logged.py runs/nano_frozen_lake/logs/process-0.log .venv/bin/python \
+-m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano_frozen_lake \
+--config.rounds=5 \
 '--config.model.path=it'\\''s here'
 """
 DRY_LOCAL = """\
@@ -201,71 +200,6 @@ def test_wrong_arguments_are_refused_before_anything_is_done(script, project, to
     assert asked.returncode == 0 and f"launch/{script}" in asked.stdout
     assert "#" not in asked.stdout.splitlines()[0] and "set -" not in asked.stdout
     assert tools.calls() == [] and not (project / ".venv").exists()
-
-
-SAVES = """
-import signal, sys, time
-def save(number, frame):
-    signal.signal(number, signal.SIG_IGN)
-    print("saving"); time.sleep(1); print("saved"); sys.exit(75)
-signal.signal(signal.SIGTERM, save)
-print("ready")
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    sys.exit("interrupted")
-"""
-
-
-@pytest.mark.parametrize("number, code, last", [(15, 75, "saved\n"), (2, 1, "interrupted\n")])
-def test_logged_sh_passes_signals_on_and_waits(number, code, last, tmp_path):
-    log = tmp_path / "a b" / "log"
-    command = ["bash", ROOT / "launch" / "logged.sh", log, sys.executable, "-c", SAVES]
-    # Python gives its children SIGINT as it has it: by default, not ignored.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    if number == signal.SIGTERM:  # some send it twice; the wait goes on all the same
-        assert process.stdout.readline() == "saving\n"
-        process.send_signal(number)
-    shown = process.stdout.read()
-    assert process.wait(30) == code
-    assert shown.endswith(last) and log.read_text().endswith(last)
-
-
-def test_logged_sh_keeps_the_log_when_nobody_listens(tmp_path):
-    logged = ROOT / "launch" / "logged.sh"
-    slow = "'for i in 1 2 3; do echo line $i; sleep 0.2; done; exit 9'"
-    found = bash(f"bash '{logged}' log bash -c {slow} | head -1; exit ${{PIPESTATUS[0]}}", tmp_path)
-    assert found.stdout == "line 1\n" and found.returncode == 9
-    assert (tmp_path / "log").read_text().endswith("line 1\nline 2\nline 3\n")
-
-
-def test_logged_sh_ends_after_its_log(tmp_path):
-    """As process 1 of a container its end would kill tee before the last lines are out."""
-    log, done = tmp_path / "log", tmp_path / "done"
-    script = f"print('x' * 100_000, flush=True); open({str(done)!r}, 'w').close()"
-    command = ["bash", ROOT / "launch" / "logged.sh", log, sys.executable, "-c", script]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    while not done.exists():  # most of it lies in pipes that nobody reads yet
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.5)
-    assert process.poll() is None
-    assert len(process.stdout.read()) == 100_001 and process.wait(30) == 0
-
-
-def test_logged_sh_never_loses_a_signal_that_meets_the_end(tmp_path):
-    quick = "import os, signal; signal.signal(15, lambda *_: os._exit(75)); print('up', flush=True)"
-    quick += "; signal.pause()"
-    for _ in range(10):
-        command = ["bash", ROOT / "launch" / "logged.sh", tmp_path / "log", sys.executable]
-        process = subprocess.Popen([*command, "-c", quick], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 75
-        process.stdout.close()
 
 
 def test_the_commands_of_the_readme_are_accepted(tools):

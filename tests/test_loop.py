@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
-from tiny_run import as_flags, contents, copy_of, go, opened, results, tiny_config
+from tiny_run import ROOT, as_flags, contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import games
 from oel_jax.config import validate
@@ -116,7 +116,7 @@ def test_a_killed_process_goes_on_from_its_checkpoint(finished_run, tmp_path, ca
     )
     assert done.returncode == 9, done.stderr
     go(work, tiny_config())
-    assert "going on from optimizer step" in capsys.readouterr().out
+    assert "resuming from optimizer step" in capsys.readouterr().out
     assert results(work) == results(finished_run)
 
 
@@ -136,11 +136,40 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(run_of_command, tmp_
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == (
-        "stopped. Finished work is kept; the same command goes on from here."
-    )
+    last = errors.splitlines()[-1]
+    assert last.startswith("stopped by Ctrl-C; ") and "kept. The same command resumes" in last
     assert "Traceback" not in errors
     subprocess.run(command, check=True, capture_output=True)
+    assert results(work) == results(run_of_command)
+
+
+NOTICED = """
+import os, runpy, signal, sys
+import oel_jax.consolidate as consolidate
+update, calls = consolidate.update, []
+def noticed(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), {signal})
+    return update(*args, **kwargs)
+consolidate.update = noticed
+runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_stopped_in_consolidation_it_resumes_at_that_step(run_of_command, tmp_path, number, status):
+    """Not at the last multiple of `save_every`."""
+    work = copy_of(run_of_command, tmp_path / "run", "consolidate", "evaluate")
+    flags = [*as_flags(consolidate__save_every=1000), f"--workdir={work}", "--allow_config_change"]
+    given = {"cwd": ROOT, "capture_output": True, "text": True}
+    given["env"] = os.environ | {"JAX_PLATFORMS": "cpu"}
+    code = NOTICED.format(signal=int(number))
+    first = subprocess.run([sys.executable, "-c", code, *flags], **given)
+    assert first.returncode == status, first.stderr
+    assert "round 1: optimizer step 2 of 3 is kept" in first.stderr.splitlines()[-1]
+    second = subprocess.run([sys.executable, "-m", "oel_jax.main", *flags], **given, check=True)
+    assert "resuming from optimizer step 2" in second.stdout
     assert results(work) == results(run_of_command)
 
 

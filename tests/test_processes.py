@@ -10,9 +10,10 @@ import time
 
 import numpy as np
 import pytest
-from tiny_run import ROOT, as_flags
+from tiny_run import ROOT, as_flags, copy_of
 
 from oel_jax.errors import UserError
+from oel_jax.metrics import read as read_metrics
 from oel_jax.parallel import processes
 from oel_jax.trajectories import read
 from oel_jax.workdir import read_json
@@ -26,17 +27,18 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def start(workdir, count, devices, *extra, last=(), **changes):
+def start(workdir, count, devices, *extra, last=(), code=None, **changes):
     """The processes of one run, each with its part of the virtual devices.
 
-    `last`: flags of the last process alone.
+    `last`: flags of the last process alone; `code`: Python that runs the command.
     """
     flags = as_flags(mesh__fsdp=-1, **changes)
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-m", "oel_jax.main", *flags, f"--workdir={workdir}", *extra]
+    program = ["-c", code] if code else ["-m", "oel_jax.main"]
+    command = [sys.executable, *program, *flags, f"--workdir={workdir}", *extra]
     address = f"127.0.0.1:{free_port()}"
     started = []
     for index in range(count):
@@ -178,6 +180,49 @@ def test_notice_to_one_process_saves_and_stops_both(tmp_path):
     assert [status for status, _ in results] == [75, 75], results
     saved = [int(path.name) for path in (workdir / "round_001" / "consolidate").iterdir()]
     assert len(saved) == 1 and 1 <= saved[0] < 400
+
+
+# Only process 0 may read the metrics; both die in the third update.
+GUARDED = """
+import os, runpy, sys
+import jax
+from oel_jax import consolidate, guard
+real, update, calls = guard.read_metrics, consolidate.update, []
+def read(path):
+    assert jax.process_index() == 0, "another process reads what process 0 writes"
+    return real(path)
+def dying(*args, **kwargs):
+    calls.append(1)
+    if {dies} and len(calls) == 3:
+        os._exit(9)
+    return update(*args, **kwargs)
+guard.read_metrics, consolidate.update = read, dying
+runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_guards_of_two_processes_decide_by_the_first_step_also_after_a_kill(alone, tmp_path):
+    def consolidate(work, band, dies):
+        changes = {"guard__entropy": band, "guard__response_tokens": (0.01, 100.0)}
+        only = ("--stages=consolidate", "--allow_config_change")
+        return end(start(work, 2, DEVICES, *only, code=GUARDED.format(dies=dies), **changes))
+
+    killed = copy_of(alone, tmp_path / "killed", "consolidate", "evaluate")
+    results = consolidate(killed, (0.01, 100.0), dies=True)  # nothing leaves this band
+    assert 9 in [status for status, _ in results], results
+    rows = [row for row in read_metrics(killed / "metrics.jsonl") if row["stage"] == "consolidate"]
+    assert [row["step"] for row in rows] == [1, 2]
+    first = rows[0]["values"]["student_entropy"]
+
+    band = 1 - 1e-6, 1 + 1e-6
+    results = consolidate(killed, band, dies=False)
+    assert [status for status, _ in results] == [0, 0], results
+    assert "resuming from optimizer step 2" in results[0][1]
+    assert "GUARD: round 1 is stopped" in results[0][1]
+    broken = read_json(killed / "round_001" / "guard.json")
+    assert (broken["step"], broken["measure"]) == (3, "student_entropy")
+    np.testing.assert_allclose([broken["low"], broken["high"]], np.multiply(band, first))
+    assert broken["kept_step"] == 1  # step 3 judged what step 2 made
 
 
 # --- who is who -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The terms: trajectory-balanced weights, chosen turns, retention, a teacher that 
 side reads one sample at a time without caches and lets autodiff do the rest.
 """
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -307,12 +308,12 @@ def test_a_guard_stops_a_round_and_keeps_the_last_good_checkpoint(
     shutil.copytree(ready, work)
     config = tiny_config(guard__entropy=(0.5, 2.0), consolidate__steps=6, evaluate__steps=(1, 5))
     shutil.rmtree(work / "round_001" / "deploy")
-    real = guard.broken
+    real = guard.Guard.broken
 
-    def late(run, step, values):  # the entropy of step 4 is a hundred times what it was
-        return real(run, step, dict(values) | ({"student_entropy": 100.0} if step == 4 else {}))
+    def late(self, step, values):  # the entropy of step 4 is a hundred times what it was
+        return real(self, step, dict(values) | ({"student_entropy": 100.0} if step == 4 else {}))
 
-    monkeypatch.setattr(guard, "broken", late)
+    monkeypatch.setattr(guard.Guard, "broken", late)
     go(work, config, stages=("deploy", "extract", "consolidate"), change=True)
     found = read_json(work / "round_001" / "guard.json")
     # Step 4 measures what step 3 made; the weights after step 2 were found good by step 3.
@@ -359,13 +360,37 @@ def test_the_band_is_that_of_the_first_step(finished_run):
     with opened(finished_run, tiny_config()) as run:
         run.config.guard.response_tokens = (0.5, 2.0)
         assert guard.watches(run.config)
-        assert guard.broken(run, 1, first) is None
-        for factor in (0.49, 2.01):
+        watch = guard.Guard(run)
+        assert watch.broken(1, first) is None
+        for factor in (0.49, 2.01, np.nan):
             values = first | {"response_tokens": factor * first["response_tokens"]}
-            seen = guard.broken(run, 7, values)
+            seen = watch.broken(7, values)
             assert seen and seen.step == 7 and seen.measure == "response_tokens"
         run.config.guard.response_tokens = ()
-        assert not guard.watches(run.config) and guard.broken(run, 7, values) is None
+        assert not guard.watches(run.config) and guard.Guard(run).broken(7, values) is None
+
+
+def test_the_first_step_is_read_once_and_then_remembered(ready, tmp_path, monkeypatch):
+    work = tmp_path / "run"
+    shutil.copytree(ready, work)
+    metrics = work / "metrics.jsonl"
+    reads, real = [], guard.read_metrics
+    monkeypatch.setattr(guard, "read_metrics", lambda path: reads.append(path) or real(path))
+    with opened(work, tiny_config()) as run:
+        run.config.guard.entropy = (0.5, 2.0)
+        watch = guard.Guard(run)  # nothing is trained yet
+        assert watch.broken(1, {"response_tokens": 3.0}) is None  # nothing was learned from
+        assert watch.broken(2, {"student_entropy": 2.0}) is None
+        for step in range(3, 50):
+            assert watch.broken(step, {"student_entropy": 3.9}) is None
+        seen = watch.broken(50, {"student_entropy": 4.1})
+        assert (seen.low, seen.high) == (1.0, 4.0) and len(reads) == 1
+    # A number that is not finite is a text in the file; everything is outside of such a band.
+    row = {"stage": "consolidate", "round": 1, "step": 1, "values": {"student_entropy": "NaN"}}
+    metrics.write_text(json.dumps(row) + "\n")
+    with opened(work, tiny_config()) as run:
+        run.config.guard.entropy = (0.5, 2.0)
+        assert guard.Guard(run).broken(2, {"student_entropy": 1.0})
 
 
 def test_a_policy_that_lost_its_skills_is_not_kept(ready, tmp_path, monkeypatch, capsys):

@@ -14,11 +14,17 @@ from jaxtyping import Float
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import StepConfig, sensitivity
 from oel_jax.distill.teacher import Teacher
+from oel_jax.parallel.lookout import Lookout
 from oel_jax.parallel.mesh import put_batch
 
 
 def moved(
-    samples: Sequence[Sample], teacher: Teacher, step: StepConfig, token_budget: int, mesh: Any
+    samples: Sequence[Sample],
+    teacher: Teacher,
+    step: StepConfig,
+    token_budget: int,
+    mesh: Any,
+    lookout: Lookout | None = None,
 ) -> Float[np.ndarray, " N"]:
     """Mean over a sample's response tokens of how far knowledge moves the teacher (JSD, nats)."""
     shape, batches = plan(samples, token_budget, mesh.shape["fsdp"])
@@ -27,6 +33,8 @@ def moved(
         batch = fill(samples, [1.0] * len(samples), rows, shape)
         cache = teacher.prefix(text).cache
         jsd = sensitivity(teacher.model.params, cache, put_batch(mesh, batch), step=step)
+        if lookout is not None:
+            lookout.after(jsd)
         jsd = np.asarray(jax.device_get(jsd), np.float64).reshape(batch.mask.shape)
         for r, row in enumerate(rows):
             start = 0

@@ -1,9 +1,10 @@
 """Host side of the sampler: requests go in, completions come out, slots refill as they free up."""
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from time import monotonic
 from typing import Any, TypeVar
 
 import jax
@@ -90,6 +91,58 @@ class _Part:
 _InSlot = TypeVar("_InSlot", _Entry, _Part)
 
 
+class _Pace:
+    """How much is sent to the device at once: no more than it does in a few seconds.
+
+    Otherwise a notice to stop would wait for minutes where the device is slow. Speed only: what
+    is computed does not depend on it.
+
+    Attributes:
+      steps: tokens to decode in the next dispatch.
+    """
+
+    SECONDS = 5.0
+
+    def __init__(self, most_steps: int):
+        self.steps = self._most_steps = most_steps
+        self._most_tokens, self._queued = 1, 0  # prompt tokens, padding counted
+        self._began = self._started = self._encode_began = monotonic()
+
+    def begin(self) -> None:
+        """A decode dispatch is about to start."""
+        self._began = monotonic()
+
+    def started(self) -> None:
+        """It was given to the device, which may have done it meanwhile."""
+        self._started = monotonic()
+
+    def decoded(self, waited: bool) -> None:
+        """It has ended; `waited`: the host had to wait for that."""
+        # An answer that was there before the host asked has not taken longer than the host knows.
+        seconds = (monotonic() if waited else self._started) - self._began
+        if seconds > self.SECONDS:
+            self.steps = max(1, int(self.steps * self.SECONDS / seconds))
+        elif seconds < self.SECONDS / 3:
+            self.steps = min(self._most_steps, 2 * self.steps)
+        self._queued = 0
+
+    def encode(self) -> None:
+        """Prompts are about to be encoded."""
+        if not self._queued:
+            self._encode_began = monotonic()
+
+    def encoding(self, tokens: int) -> bool:
+        """So many more are on their way; whether to wait for them before more are sent."""
+        self._queued += tokens
+        return self._queued >= self._most_tokens
+
+    def encoded(self) -> None:
+        """All of them are done."""
+        seconds = max(monotonic() - self._encode_began, 1e-3)
+        self._most_tokens = max(1, int(self._queued * self.SECONDS / seconds))
+        self._queued = 0
+
+
 class Sampler:
     """A fixed set of slots on a mesh.
 
@@ -156,6 +209,8 @@ class Sampler:
         self.decode_steps, self.prefill_rows, self.block = decode_steps, prefill_rows, block
         self.prefill_chunk, self.longest_prefix = prefill_chunk, longest_prefix
         self.overlap, self.draft, self._in_flight = overlap, draft, False
+        self._pace = _Pace(decode_steps)
+        self._safe_place: Callable[[], None] = lambda: None
         self._pending: deque[Request] = deque()
         self._slots = [_Slot() for _ in range(slots)]
         self._per_device = slots // fsdp
@@ -208,31 +263,53 @@ class Sampler:
     def poll(self, params: Params) -> list[Completion]:
         """Fill free slots, decode once, return the completions (possibly none)."""
         with jax.set_mesh(self.mesh):
-            done = self._collect() if self.overlap and self._in_flight else []
+            done = self._wait() if self.overlap and self._in_flight else []
             if self._pending:
                 self._fill(params)
             self._in_flight = any(slot.running for slot in self._slots)
             if self._in_flight:
+                self._pace.begin()
                 self._state = decode(
                     self.cfg,
                     params,
                     self._state,
-                    np.int32(self.decode_steps),
+                    np.int32(self._pace.steps),
                     how=self.how,
                     limit=self.limit,
                     stop_ids=self.stop_ids,
                     draft=self.draft,
                 )
-            return done if self.overlap or not self._in_flight else self._collect()
+                self._pace.started()
+            return done if self.overlap or not self._in_flight else self._wait()
 
-    def generate(self, params: Params, requests: Sequence[Request]) -> list[Completion]:
-        """Run all requests; completions in the order of the requests."""
+    def _wait(self) -> list[Completion]:
+        """Wait for the decoding under way and collect what it finished."""
+        waited = not self._state.done.is_ready()
+        done = self._collect()
+        self._pace.decoded(waited)
+        return done
+
+    def generate(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        safe_place: Callable[[], None] = lambda: None,
+    ) -> list[Completion]:
+        """Run all requests; completions in the order of the requests.
+
+        Args:
+          safe_place: called every few seconds, between dispatches; it may raise what ends the work.
+            The sampler is of no further use then.
+        """
         self.submit(replace(request, tag=index) for index, request in enumerate(requests))
         results: list[Completion | None] = [None] * len(requests)
+        self._safe_place = safe_place
         while self.busy:
             for done in self.poll(params):
                 tag = requests[done.tag].tag
                 results[done.tag] = replace(done, tag=tag)
+            safe_place()
+        self._safe_place = lambda: None
         return results  # type: ignore[return-value]
 
     @property
@@ -427,7 +504,12 @@ class Sampler:
             slot[row], shared[row] = part.slot % self._per_device, part.entry.shared
             self.encoded += len(part.ids)
         arrays = put_batch(self.mesh, (tokens, length, column, slot, shared))
+        self._pace.encode()
         self._state = extend(self.cfg, params, self._state, Piece(*arrays, np.int32(lane)))
+        if self._pace.encoding(rows * size):
+            jax.block_until_ready(self._state.done)
+            self._pace.encoded()
+            self._safe_place()
 
     def _copy(self, entries: Sequence[_Entry]) -> None:
         """Equal prompts are encoded once: the others copy them."""

@@ -21,9 +21,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
-from oel_jax.errors import UserError
+from oel_jax import preemption
+from oel_jax.errors import TryAgain, UserError
+from oel_jax.parallel import meeting
 
 _T = TypeVar("_T")
 
@@ -101,13 +104,19 @@ def join(cluster: Cluster | None, patience: int = 300) -> None:
     """Meet the other processes; before any device is touched.
 
     Args:
-      patience: seconds to wait for them.
+      patience: seconds to wait for them (`--join_timeout`).
 
     Raises:
-      UserError: they do not all come.
+      UserError: they contradict each other, or the coordinator's name does not resolve.
+      TryAgain: they do not all come in time.
     """
     if cluster is None:
         return
+    # JAX ends a process without a word of ours when one does not come: they meet by themselves
+    # first, at the same address.
+    host = meeting.meet(*_described(cluster, patience), patience)
+    meeting.without_proxy(host)
+    jax.config.update("jax_check_proxy_envs", False)  # its advice to unset proxies is not needed
     try:
         jax.distributed.initialize(
             cluster.coordinator,
@@ -117,12 +126,24 @@ def join(cluster: Cluster | None, patience: int = 300) -> None:
             heartbeat_timeout_seconds=60,
         )
     except Exception as error:  # of the runtime's own kinds
-        where = f" at {cluster.coordinator}" if cluster.coordinator else ""
-        raise UserError(
-            f"the processes of this run did not meet{where} within {patience} s: "
-            f"{str(error).splitlines()[0]}. Check --coordinator, that the port is open, and that "
-            "every process was started"
+        raise TryAgain(
+            f"the processes of this run met at {host}, but JAX could not join them: "
+            f"{str(error).splitlines()[0]}"
         ) from error
+
+
+def _described(cluster: Cluster, patience: int) -> tuple[str, int, int]:
+    """Address, count and index, which JAX finds out under Slurm and on a TPU pod."""
+    if cluster.coordinator is not None:
+        return cluster.coordinator, cluster.count, cluster.index
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, patience)
+    address, count_, index_, _ = found
+    if None in (address, count_, index_):
+        raise UserError(
+            "there are several processes, but JAX does not find out where they meet; give "
+            "--coordinator, --processes and --process_id"
+        )
+    return address, count_, index_
 
 
 def count() -> int:
@@ -247,46 +268,66 @@ def check_equal(settings: Mapping[str, Any]) -> None:
 
 
 class StopTogether:
-    """Tells the other processes why this one fails, and stops when another one does.
+    """Tells the other processes why this one fails or that it was told to stop, and hears them.
 
-    Messages travel as files beside the run's own, since a process that hangs in a collective hears
-    nothing else. A process that dies without a word is noticed by JAX's heartbeats within a minute.
+    Messages are lines of one file in the workdir, since a process that hangs in a collective hears
+    nothing else. Everybody opens and reads it every second, which shows what is new on NFS too. A
+    process that dies without a word is noticed by JAX's heartbeats within a minute.
     """
 
     def __init__(self, workdir: Path):
-        self._directory = workdir
-        self._since = time.time()
+        self._file = workdir / ".messages"
         if count() > 1:
             workdir.mkdir(parents=True, exist_ok=True)
-            self._mine.unlink(missing_ok=True)
-            wait("no old messages")
+            first_does("no old messages", lambda: self._file.write_bytes(b""))
             threading.Thread(target=self._watch, daemon=True).start()
-
-    @property
-    def _mine(self) -> Path:
-        return self._directory / f".failed.{index():03d}"
 
     def tell(self, message: str, status: int) -> None:
         """Say why this process ends with `status`, and give the others time to hear it."""
         if count() > 1:
-            self._mine.write_text(json.dumps({"status": status, "message": message}))
+            self._write({"status": status, "message": message})
             # Process 0 goes last: the runtime of the others ends badly once it is gone.
             time.sleep(8 if is_first() else 4)
 
+    def pass_on(self, number: int) -> None:
+        """Say that this process was told to stop by signal `number`."""
+        if count() > 1:
+            self._write({"notice": number})
+
+    def _write(self, said: Mapping[str, Any]) -> None:
+        line = json.dumps({"process": index(), **said}).encode() + b"\n"
+        for _ in range(5):  # on NFS a line that another host appends at the same time may win
+            with self._file.open("ab") as file:
+                file.write(b"\n" + line)  # a line of its own also after half of another
+            if line in self._file.read_bytes():
+                return
+
     def _watch(self) -> None:
+        heard: set[bytes] = set()
         while True:
             time.sleep(1)
-            for path in sorted(self._directory.glob(".failed.*")):
-                if path == self._mine:
-                    continue
-                try:
-                    said = json.loads(path.read_text())
-                except (OSError, ValueError):  # not there yet, or half written
-                    continue
-                number = int(path.suffix.removeprefix("."))
-                message = f"stopped, since process {number} did: {said['message']}"
-                print(message, file=sys.stderr, flush=True)
-                os._exit(int(said["status"]))  # the main thread may hang in a collective
+            try:
+                lines = self._file.read_bytes().split(b"\n")[:-1]  # the last one may be half there
+            except OSError:
+                continue
+            for line in lines:
+                if line and line not in heard:
+                    heard.add(line)
+                    self._obey(line)
+
+    def _obey(self, line: bytes) -> None:
+        try:
+            said = json.loads(line)
+        except ValueError:  # two hosts wrote at the same time; they say it again
+            return
+        if said["process"] == index():
+            return
+        if "notice" in said:
+            preemption.notice(said["notice"])
+            return
+        message = f"stopped, since process {said['process']} did: {said['message']}"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(int(said["status"]))  # the main thread may hang in a collective
 
 
 def quiet() -> None:
