@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from oel_jax import compile_cache
 from oel_jax.config_fit import validate_against_model
 from oel_jax.distill.offload import check_offload
 from oel_jax.lm.config import ModelConfig
@@ -201,6 +202,7 @@ def keep_compiled(setting: str) -> None:
     path = Path(setting) if setting else Path.home() / ".cache" / "oel_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compile_cache.replace_damaged()
 
 
 def start_directory(config: ml_collections.ConfigDict) -> Path:

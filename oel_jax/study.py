@@ -9,7 +9,8 @@ on where the last one stopped. It ends with tables, results.csv, results.json an
     --config.FIELD=VALUE       another value for every variant, e.g. --config.model.path=DIR
     --check                    exit status 1 when an expectation did not hold
 
-Exit status: 0; 1 when a run failed or --check found something; 2 for what the user can mend.
+Exit status: 0; 1 when a run failed or --check found something; 2 for what the user can mend; 75 or
+130 when a notice (SIGTERM) or Ctrl-C has stopped it after saving.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oel_jax import preemption
 from oel_jax.config import as_json
 from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
@@ -303,11 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped. Finished work is kept; the same command goes on.", file=sys.stderr)
-        return 130
+    except preemption.Preempted as error:
+        print(f"\n{preemption.last_words(error.kept)}", file=sys.stderr)
+        return preemption.status()
     return 1 if not finished or (given.check and not held) else 0
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main())
