@@ -11,6 +11,7 @@ import pytest
 from oel_jax.errors import UserError
 from oel_jax.harness import likelihood
 from oel_jax.lm.language_model import load_model
+from oel_jax.lm.pace import Pace
 from oel_jax.lm.requests import Request, request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling, draw, sample
@@ -60,6 +61,46 @@ def test_responses_are_well_formed(requests, answers):
         assert max(answer.ids) < LIMIT
     assert len({len(a.ids) for a in answers}) > 5
     assert any(a.stopped for a in answers)  # several stop ids end a response
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_slow_device_gets_less_at_once_and_says_the_same(
+    model, requests, answers, monkeypatch, overlap
+):
+    monkeypatch.setattr(Pace, "SECONDS", 0.0)  # whatever it does takes too long
+    sampler, places = make(model, overlap=overlap), []
+    slow = sampler.generate(
+        model.params, requests, lambda: places.append(sampler.encoded + sampler.generated)
+    )
+    assert [a.ids for a in slow] == [a.ids for a in answers]
+    for mine, other in zip(slow, answers, strict=True):
+        np.testing.assert_array_equal(mine.log_probs, other.log_probs)
+    assert sampler._pace.steps == 1  # and not 16
+    tokens = max(len(answer.ids) for answer in answers)
+    assert len(places) > tokens and len(set(places)) > 3  # also while prompts are encoded
+
+
+def test_the_pace_follows_the_device(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("oel_jax.lm.pace.monotonic", lambda: clock[0])
+    pace = Pace(16)
+
+    def dispatch(seconds, host=0.0):
+        pace.begin()
+        clock[0] += 0.0 if host else seconds
+        pace.started()
+        clock[0] += host
+        pace.decoded(waited=not host)
+        return pace.steps
+
+    assert [dispatch(s) for s in (20, 4, 1, 1, 1, 6)] == [4, 4, 8, 16, 16, 13]
+    assert dispatch(0.0, host=60.0) == 16  # the host was slow, not the device
+    pace.encode()
+    assert pace.encoding(100)  # nothing is known yet
+    clock[0] += 10
+    pace.encoded()
+    pace.encode()
+    assert not pace.encoding(40) and pace.encoding(20)
 
 
 def test_cached_log_probs_equal_the_full_forward(model, requests, answers):

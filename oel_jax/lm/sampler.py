@@ -4,7 +4,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from time import monotonic
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import Params
+from oel_jax.lm.pace import Pace
 from oel_jax.lm.prefix import common_prefix, encode_prefix, padded_length
 from oel_jax.lm.requests import Completion, Request
 from oel_jax.lm.sampling import Sampling
@@ -91,58 +91,6 @@ class _Part:
 _InSlot = TypeVar("_InSlot", _Entry, _Part)
 
 
-class _Pace:
-    """How much is sent to the device at once: no more than it does in a few seconds.
-
-    Otherwise a notice to stop would wait for minutes where the device is slow. Speed only: what
-    is computed does not depend on it.
-
-    Attributes:
-      steps: tokens to decode in the next dispatch.
-    """
-
-    SECONDS = 5.0
-
-    def __init__(self, most_steps: int):
-        self.steps = self._most_steps = most_steps
-        self._most_tokens, self._queued = 1, 0  # prompt tokens, padding counted
-        self._began = self._started = self._encode_began = monotonic()
-
-    def begin(self) -> None:
-        """A decode dispatch is about to start."""
-        self._began = monotonic()
-
-    def started(self) -> None:
-        """It was given to the device, which may have done it meanwhile."""
-        self._started = monotonic()
-
-    def decoded(self, waited: bool) -> None:
-        """It has ended; `waited`: the host had to wait for that."""
-        # An answer that was there before the host asked has not taken longer than the host knows.
-        seconds = (monotonic() if waited else self._started) - self._began
-        if seconds > self.SECONDS:
-            self.steps = max(1, int(self.steps * self.SECONDS / seconds))
-        elif seconds < self.SECONDS / 3:
-            self.steps = min(self._most_steps, 2 * self.steps)
-        self._queued = 0
-
-    def encode(self) -> None:
-        """Prompts are about to be encoded."""
-        if not self._queued:
-            self._encode_began = monotonic()
-
-    def encoding(self, tokens: int) -> bool:
-        """So many more are on their way; whether to wait for them before more are sent."""
-        self._queued += tokens
-        return self._queued >= self._most_tokens
-
-    def encoded(self) -> None:
-        """All of them are done."""
-        seconds = max(monotonic() - self._encode_began, 1e-3)
-        self._most_tokens = max(1, int(self._queued * self.SECONDS / seconds))
-        self._queued = 0
-
-
 class Sampler:
     """A fixed set of slots on a mesh.
 
@@ -209,7 +157,7 @@ class Sampler:
         self.decode_steps, self.prefill_rows, self.block = decode_steps, prefill_rows, block
         self.prefill_chunk, self.longest_prefix = prefill_chunk, longest_prefix
         self.overlap, self.draft, self._in_flight = overlap, draft, False
-        self._pace = _Pace(decode_steps)
+        self._pace = Pace(decode_steps)
         self._safe_place: Callable[[], None] = lambda: None
         self._pending: deque[Request] = deque()
         self._slots = [_Slot() for _ in range(slots)]
