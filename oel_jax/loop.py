@@ -135,6 +135,7 @@ def _stage(run: Run, number: int, name: str, work: Callable[[], list[Path]]) -> 
     timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
     run.metrics.rewind(f"time_{name}", number, number - 1)
     run.metrics.scalars(f"time_{name}", number, {}, round=number, time_values=timing)
+    run.metrics.flush()
     share = f", {compiled:.1f} s of it compiling" if compiled >= 0.5 else ""
     share += ", made by another run" if taken else ""
     print(f"{f'round {number}' if number else 'start'} {name}: done in {duration(seconds)}{share}")

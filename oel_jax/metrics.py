@@ -184,6 +184,11 @@ class Metrics:
             self._writers[group] = EventFileWriter(str(group), flush_secs=5)
         self._writers[group].add_event(event_pb2.Event(wall_time=time.time(), **fields))
 
+    def flush(self) -> None:
+        """Write out what is still buffered: the process may end without `close`."""
+        for writer in self._writers.values():
+            writer.flush()
+
     def close(self) -> None:
         """Write out what is still buffered."""
         self._file.close()
@@ -204,7 +209,7 @@ class NoMetrics:
     def scalars(self, *_: object, **__: object) -> None:
         """Nothing."""
 
-    text = histogram = bars = image = settings = rewind = scalars
+    text = histogram = bars = image = settings = rewind = flush = scalars
 
     def __enter__(self) -> "NoMetrics":
         return self

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -171,7 +171,8 @@ def _watch(socket_: socket.socket) -> None:
                 if _patience:
                     _say(_heard(number))
                 if _others:
-                    _others[0](number)
+                    with suppress(OSError):  # a full disk: the others are told at the next step
+                        _others[0](number)
         if noticed():
             now = time.monotonic()
             came = min(came, now)
@@ -187,16 +188,19 @@ def _heard(number: int) -> str:
 
 def _say(text: str) -> None:
     # Not by sys.stderr: the main thread may hold its lock.
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):  # nobody listens any more
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _end(text: str) -> None:
     """End the process from this thread, whatever the main thread does."""
     code = status()
     _say(text)
-    if _others:
-        _others[1](text, code)
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flush.start()
-    flush.join(1.0)  # not longer: the main thread may hold its lock
-    os._exit(code)
+    try:
+        if _others:
+            _others[1](text, code)
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flush.start()
+        flush.join(1.0)  # not longer: the main thread may hold its lock
+    finally:
+        os._exit(code)

@@ -14,8 +14,9 @@ import hashlib, signal, sys, time
 from oel_jax import preemption
 {before}
 preemption.listen()
-try:
+def up():
     print("up", flush=True)
+try:
     {work}
 except preemption.Preempted as error:
     print(preemption.last_words(error.kept))
@@ -46,7 +47,7 @@ NOTICES = [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 
 @pytest.mark.parametrize("number, status", NOTICES)
 def test_where_nothing_is_unsaved_the_process_ends_at_once(number, status):
-    process = start(STUCK)
+    process = start(f"up(); {STUCK}")
     process.send_signal(number)
     found, _, errors = ended(process)
     assert found == status, errors
@@ -56,9 +57,8 @@ def test_where_nothing_is_unsaved_the_process_ends_at_once(number, status):
 
 @pytest.mark.parametrize("number, status", NOTICES)
 def test_a_safe_place_ends_it_otherwise(number, status):
-    work = (
-        "with preemption.holding():\n    while True: preemption.stop_if_noticed('games are kept')"
-    )
+    work = "with preemption.holding():\n    up()\n    while True:"
+    work += " preemption.stop_if_noticed('games are kept')"
     process = start(work)
     process.send_signal(number)
     found, out, errors = ended(process)
@@ -68,7 +68,7 @@ def test_a_safe_place_ends_it_otherwise(number, status):
 
 
 def test_a_safe_place_that_does_not_come_is_not_waited_for():
-    process = start(f"with preemption.holding(0.5): {STUCK}")
+    process = start(f"with preemption.holding(0.5): up(); {STUCK}")
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 75
 
@@ -78,6 +78,7 @@ def test_unsaved_work_is_waited_for_and_may_end_slowly():
     work = (
         "with preemption.holding(0):\n"
         "    preemption.hold_until_saved()\n"
+        "    up()\n"
         "    while not preemption.noticed(): time.sleep(0.01)\n"
         "    print('saving', flush=True)\n"
         "    time.sleep(1)\n"
@@ -94,7 +95,7 @@ def test_unsaved_work_is_waited_for_and_may_end_slowly():
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    process = start(f"with preemption.holding(0): preemption.hold_until_saved(); {STUCK}")
+    process = start(f"with preemption.holding(0): preemption.hold_until_saved(); up(); {STUCK}")
     process.send_signal(signal.SIGINT)
     while "a second Ctrl-C stops at once" not in process.stderr.readline():
         assert process.poll() is None
@@ -104,14 +105,14 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 def test_a_background_job_goes_on_ignoring_ctrl_c():
-    process = start("time.sleep(60)", "signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    process = start("up(); time.sleep(60)", "signal.signal(signal.SIGINT, signal.SIG_IGN)")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 75  # and not 130
 
 
 def test_a_notice_from_another_process_counts_too():
-    process = start(f"preemption.notice(signal.SIGTERM); {STUCK}")
+    process = start(f"up(); preemption.notice(signal.SIGTERM); {STUCK}")
     assert ended(process)[0] == 75
 
 
