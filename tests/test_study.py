@@ -15,6 +15,7 @@ from tiny_run import ROOT, contents, go, opened, results, tiny_config
 from oel_jax import report
 from oel_jax import study as command
 from oel_jax.config import leaves
+from oel_jax.config_file import load_module
 from oel_jax.errors import UserError
 from oel_jax.lm.sampler import Sampler
 from oel_jax.studies import shelf as shelf_module
@@ -788,7 +789,7 @@ def test_what_the_command_refuses(finished_study, tmp_path, capsys, one_device):
         assert command.main(flags) == 2, flags
         assert message in capsys.readouterr().err
     assert contents(root, "**/*.json") == before
-    with command._owned(root, tiny_study()):
+    with command._owned(root, tiny_study(), runs(tiny_study(), root)):
         assert command.main([f"--study={file}", f"--workdir={root}"]) == 2
         assert "in use by process" in capsys.readouterr().err
 
@@ -838,7 +839,7 @@ def test_shipped_studies_load_and_validate_for_every_preset(file, monkeypatch):
     study = load(str(file))
     assert study.preset == "nano" and len(study.about.splitlines()) > 2
     assert "Expected" in study.about and "Run time" in study.about
-    names = importlib.import_module("oel_jax.studies.plan")._module(file).PRESETS
+    names = load_module(file).PRESETS
     assert len(names) > 1 and "nano" in names
     for preset in names:
         study = load(f"{file}:{preset}")
