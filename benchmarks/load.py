@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks import side_by_side
 from benchmarks.models import SHAPES, hf_config
 from benchmarks.side_by_side import Bar, finish
+from oel_jax import paths
 from oel_jax.errors import UserError
 from oel_jax.lm import safetensors_io
 from oel_jax.lm.config import ModelConfig
@@ -142,7 +143,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, help="layers in place of the model's own")
     parser.add_argument("--fsdp", type=int, default=DEVICES)
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--directory", type=Path, help="load this model here, and do nothing else")
+    parser.add_argument(
+        "--directory", type=paths.argument, help="load this model here, and do nothing else"
+    )
     options = parser.parse_args()
     if not Path("/proc/self/status").exists():
         raise UserError("benchmarks.load reads /proc/self/status, which only Linux has")

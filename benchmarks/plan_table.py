@@ -22,6 +22,7 @@ import jax
 import ml_collections
 
 from benchmarks.side_by_side import RESULTS, versions
+from oel_jax import paths
 from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
 from oel_jax.plan import recommended
@@ -92,7 +93,9 @@ def main() -> int:
     parser.add_argument("--models", default=models, help="hub ids, with commas between them")
     parser.add_argument("--targets", default=",".join(TARGETS), help="as --target of oel_jax.plan")
     parser.add_argument("--again", action="store_true", help="make cells again that are there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the records")
+    parser.add_argument(
+        "--out", type=paths.argument, default=RESULTS, help="directory of the records"
+    )
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     unknown = set(options.models.split(",")) - set(KNOWN)

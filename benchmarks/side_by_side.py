@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from oel_jax import paths
 from oel_jax.metrics import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -58,7 +59,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     found.add_argument("--repeats", type=int, default=3, help="measured repeats of each side")
     found.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
-    found.add_argument("--out", type=Path, default=RESULTS, help="directory of the JSON record")
+    found.add_argument(
+        "--out", type=paths.argument, default=RESULTS, help="directory of the JSON record"
+    )
     return found
 
 

@@ -47,7 +47,9 @@ def default() -> ml_collections.ConfigDict:
     c.seed = 0  # loop seed: every random key of the run derives from it
     c.rounds = 2  # rounds of deploy, extract, consolidate, evaluate; may be raised later
     c.preset = "default"  # which of PRESETS this config started from; set by apply_preset
-    c.compilation_cache = ""  # XLA's compiled programs; '' = ~/.cache/oel_jax/xla, 'off' = none
+    c.compilation_cache = (
+        ""  # XLA's programs; '' = ~/.cache/oel_jax/xla; a directory, gs://..; 'off'
+    )
     c.profile = ""  # 'step:10..12' traces these optimizer steps for TensorBoard's profiler
     c.negative_control = "none"  # breaks the method on purpose, see oel_jax/negative_control.py
 
@@ -56,6 +58,7 @@ def default() -> ml_collections.ConfigDict:
     m.dtype = "bfloat16"  # compute dtype of student, teacher and sampler; masters are float32
     m.thinking = True  # thinking flag of the chat template, in play and in extraction
     m.attention_block = 256  # queries in a tile of attention: memory against speed
+    m.check_weights = True  # refuse weights that are NaN or infinite, naming the tensor
 
     c.mesh = ml_collections.ConfigDict()
     # Both may be 'auto': what the planner finds quickest (oel_jax/planner/auto.py).

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from oel_jax import paths
 from oel_jax.distill.choices import CORRECTIONS, SUPPORTS
 from oel_jax.negative_control import CONTROLS
 
@@ -59,6 +60,24 @@ def _text(value: Any) -> str | None:
 
 def _any_text(value: Any) -> str | None:
     return None if isinstance(value, str) else "a text"
+
+
+def _path(value: Any) -> str | None:
+    return _text(value) or paths.wrong(value)
+
+
+def _path_or_empty(value: Any) -> str | None:
+    return _any_text(value) or (paths.wrong(value) if value else None)
+
+
+# What JAX itself can keep compiled programs in, and the package it needs for that beside etils.
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+
+
+def _cache(value: Any) -> str | None:
+    kind = paths.scheme(value) if isinstance(value, str) else None
+    in_full = kind in BUCKETS and value.lower().startswith(f"{kind}://")
+    return None if in_full else _path_or_empty(value)
 
 
 def _one_line(value: Any) -> str | None:
@@ -146,7 +165,7 @@ def rules() -> dict[str, Rule]:
         "seed": _integer(0, 2**31 - 1),
         "rounds": _POSITIVE,
         "preset": _choice(*PRESETS),
-        "compilation_cache": _any_text,
+        "compilation_cache": _cache,
         "negative_control": _choice("none", *CONTROLS),
         "profile": _profile,
         "mesh.fsdp": _or_auto(_count_or_minus_one),
@@ -154,11 +173,17 @@ def rules() -> dict[str, Rule]:
         "log.console_every": _number(0),
     }
     groups: dict[str, dict[str, Rule]] = {
-        "model": {"path": _text, "dtype": _DTYPE, "thinking": _FLAG, "attention_block": _POSITIVE},
+        "model": {
+            "path": _path,
+            "dtype": _DTYPE,
+            "thinking": _FLAG,
+            "attention_block": _POSITIVE,
+            "check_weights": _FLAG,
+        },
         "mesh": {"tp": _or_auto(_POSITIVE)},
         "game": {
             "name": _text,
-            "module": _any_text,
+            "module": _path_or_empty,
             "max_turns": _POSITIVE,
             "wrapper": _choice("grid", "plain"),
             "layout": _choice("released", "paper"),
@@ -189,12 +214,12 @@ def rules() -> dict[str, Rule]:
             "outcome": _choice("full", "text_only", "none"),
             "history_markers": _choice("text", "tokens"),
             "item_marker": _one_line,
-            "template_file": _any_text,
+            "template_file": _path_or_empty,
             "unfinished_thought": _choice("drop", "keep"),
             "truncate": _choice("tail", "head"),
-            "model_path": _any_text,
+            "model_path": _path_or_empty,
             "experience": _choice("knowledge", "raw", "none", "own_game"),
-            "knowledge_from": _any_text,
+            "knowledge_from": _path_or_empty,
             "deduplicate": _FLAG,
             "no_op": _FLAG,
         },

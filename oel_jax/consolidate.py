@@ -41,6 +41,7 @@ from oel_jax.distill.step import (
 from oel_jax.distill.teacher import Teacher, cache_bytes
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.experience import own_contexts, texts_of_round
+from oel_jax.lm import hub
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import save_model
 from oel_jax.lm.language_model import DTYPES
@@ -246,9 +247,11 @@ def _export_adapter(this: _Round, student: _Student) -> Path:
     run, directory = this.run, this.run.workdir.adapter(this.number)
     if processes.is_first() and directory.exists():
         shutil.rmtree(directory)
-    base = run.config.model.path if this.number == 1 else f"round_{this.number - 1:03d}/policy"
-    lora = Lora.of(run.config.lora)
-    save_adapter(directory, this.teacher.model.cfg, student.params, lora, base=base)
+    base, lora = run.policy_directory(this.number), Lora.of(run.config.lora)
+    commit = hub.revision(base)
+    name = run.config.model.path if commit else str(base.absolute())
+    cfg = this.teacher.model.cfg
+    save_adapter(directory, cfg, student.params, lora, base=name, revision=commit)
     return directory
 
 

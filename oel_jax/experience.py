@@ -6,12 +6,11 @@ files that `extract` would have filled, so that everything after it is the same.
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from oel_jax import knowledge, negative_control, prompts
+from oel_jax import knowledge, negative_control, paths, prompts
 from oel_jax.errors import UserError
 from oel_jax.lm.language_model import LanguageModel
 from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
@@ -138,7 +137,7 @@ def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None
     if not path:
         return
     field = f"config.extract.knowledge_from={path}"
-    if not (Path(path) / "manifest.json").is_file():
+    if not (paths.local(path, "config.extract.knowledge_from") / "manifest.json").is_file():
         raise UserError(f"{field}: there is no run; give the --workdir of one")
     other = Workdir(path)
     for number in range(1, (rounds or config.rounds) + 1):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from oel_jax import paths
 from oel_jax.errors import UserError
 from oel_jax.lm.huggingface import copy_model
 from oel_jax.lm.tokenizer import load_tokenizer
@@ -67,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m oel_jax.export", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run, as for main")
+    parser.add_argument(
+        "--workdir", type=paths.argument, required=True, help="of the run, as for main"
+    )
     parser.add_argument("--round", type=int, required=True, help="from 1")
-    parser.add_argument("--out", type=Path, required=True, help="new or empty directory")
+    parser.add_argument("--out", type=paths.argument, required=True, help="new or empty directory")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: as stored"
     )

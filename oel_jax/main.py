@@ -27,6 +27,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from oel_jax import paths
 from oel_jax.config_file import check_config, existing, explain
 from oel_jax.errors import UserError
 from oel_jax.workdir import STAGES
@@ -119,7 +120,7 @@ def _run_together() -> None:
     processes.quiet()
     if f.game_module:
         f.config.game.module = f.game_module
-    others = processes.StopTogether(Path(f.workdir))
+    others = processes.StopTogether(paths.local(f.workdir, "--workdir"))
     preemption.tell_others(others.pass_on, others.tell)
     try:
         run(
@@ -222,6 +223,7 @@ def main(_: list[str]) -> None:
                 "give --config=FILE and --workdir=DIR, for example\n"
                 "  python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano"
             )
+        paths.local(_FLAGS.workdir, "--workdir")  # before processes meet
         _run_together()
     except UserError as error:
         _fail(error)

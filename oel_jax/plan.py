@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from oel_jax import games
+from oel_jax import games, paths
 from oel_jax.config import check_field, has_extractor, validate
 from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", required=True, help="devices, e.g. v5p:4x4x4 or h200:8")
     parser.add_argument("--memory_gb", type=float, help="of one device, in place of the table's")
     parser.add_argument("--no_compile", action="store_true", help="count by hand: seconds, rough")
-    parser.add_argument("--out", type=Path, help="also write all numbers as JSON")
+    parser.add_argument("--out", type=paths.argument, help="also write all numbers as JSON")
     assumed = parser.add_argument_group("assumptions of the estimate")
     for one in fields(Assumptions):
         default = f"default {one.default:g}" if one.name != "answer_tokens" else "640 or 300"

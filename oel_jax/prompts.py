@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import paths
 from .errors import UserError
 
 HEAD = """\
@@ -260,7 +261,7 @@ def load_template(path: str | Path) -> str:
     """
     where = f"extract.template_file {path}"
     try:
-        template = Path(path).read_bytes().decode("utf-8")
+        template = paths.local(path, "extract.template_file").read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from string import Template
 
+from oel_jax import paths
 from oel_jax.errors import UserError
 from oel_jax.report_page import sections, study
 from oel_jax.report_page.data import collect
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m oel_jax.report", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run or study")
+    parser.add_argument("--workdir", type=paths.argument, required=True, help="of the run or study")
     given = parser.parse_args(arguments)
     try:
         if study.is_study(given.workdir):

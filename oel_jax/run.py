@@ -1,6 +1,7 @@
 """What every stage of a run shares: config, files, metrics, devices, and how to load a policy."""
 
 import datetime
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +11,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from oel_jax import compile_cache
+from oel_jax import caches, compile_cache, paths
 from oel_jax.config_fit import validate_against_model
+from oel_jax.config_rules import BUCKETS
 from oel_jax.distill.offload import check_offload
+from oel_jax.errors import UserError
+from oel_jax.lm.agreement import fitting_tokenizer
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import resolve
 from oel_jax.lm.language_model import DTYPES, LanguageModel, bundled, load_model
@@ -20,7 +24,7 @@ from oel_jax.lm.model import Params
 from oel_jax.lm.requests import request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
-from oel_jax.lm.tokenizer import load_tokenizer
+from oel_jax.lm.weight_files import open_weights
 from oel_jax.metrics import Metrics
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import whole
@@ -40,7 +44,7 @@ class Shelf(Protocol):
         """Offer a finished stage."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """One run in its workdir.
 
@@ -68,6 +72,11 @@ class Run:
             shown = self.workdir.today.isoformat() if processes.is_first() else ""
             self.today = datetime.datetime.fromisoformat(processes.from_first(shown))
 
+    def __repr__(self) -> str:
+        """One line for notebooks; `config` prints all fields."""
+        game, model = self.config.game.name, self.config.model.path
+        return f"Run({game}, {model}, {self.config.rounds} rounds, {self.workdir.root})"
+
     def policy_directory(self, round_number: int) -> Path:
         """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
         if round_number == 1:
@@ -85,8 +94,15 @@ class Run:
         """
         check_model(self.config, directory, self.mesh)
         dtype = dtype or self.config.model.dtype
+        check = self.config.model.check_weights
         with waiting(f"loading {directory}"):
-            return load_model(directory, dtype=dtype, mesh=mesh or self.host, today=self.today)
+            return load_model(
+                directory,
+                dtype=dtype,
+                mesh=mesh or self.host,
+                today=self.today,
+                check_weights=check,
+            )
 
     def policy(self, round_number: int, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
         """P_r in the compute dtype, on another mesh, or on this process's devices to play with."""
@@ -199,10 +215,28 @@ def keep_compiled(setting: str) -> None:
     """
     if setting == "off":
         return
-    path = Path(setting) if setting else Path.home() / ".cache" / "oel_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_compilation_cache_dir", _cache_text(setting))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     compile_cache.replace_damaged()
+
+
+def _cache_text(setting: str) -> str:
+    """The cache's place as JAX is to read it: a URL unchanged, for it can use a bucket itself.
+
+    Raises:
+      UserError: a package that JAX needs for this URL is not installed.
+    """
+    kind = paths.scheme(setting) if setting else None
+    if kind is None:
+        usual = caches.compiled_programs
+        return str(paths.local(setting, "config.compilation_cache") if setting else usual())
+    for package in ("etils", BUCKETS[kind]):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"config.compilation_cache is {setting!r}, for which JAX needs the package "
+                f"{package}: install it, or give a directory of this machine, or 'off'"
+            )
+    return setting
 
 
 def start_directory(config: ml_collections.ConfigDict) -> Path:
@@ -213,13 +247,14 @@ def start_directory(config: ml_collections.ConfigDict) -> Path:
 def check_model(
     config: ml_collections.ConfigDict, directory: Path, mesh: jax.sharding.Mesh
 ) -> None:
-    """Check a model's config and tokenizer against the run's config, before weights are read.
+    """Check a model's files against each other and the run's config, before weights are read.
 
     Raises:
       UserError: the directory is no model that this package runs, or the config does not fit it.
     """
     cfg = ModelConfig.from_directory(directory)
-    tokenizer = load_tokenizer(directory)
+    open_weights(directory, cfg)  # headers only
+    tokenizer = fitting_tokenizer(directory, cfg)
     tokenizer.opens_thought(thinking=config.model.thinking)  # the template can be used
     tokens = tokenizer.vocab_size
     check_offload(config.consolidate, mesh)

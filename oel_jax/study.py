@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from oel_jax import preemption
+from oel_jax import paths, preemption
 from oel_jax.config import as_json
 from oel_jax.config_file import load_config
 from oel_jax.errors import UserError
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--study", required=True, help="FILE.py or FILE.py:PRESET")
-    parser.add_argument("--workdir", required=True, type=Path, help="of the study")
+    parser.add_argument("--workdir", required=True, type=paths.argument, help="of the study")
     parser.add_argument("--game_module", help="Python file with a game of your own")
     parser.add_argument("--seeds", default="", help="loop seeds, instead of the study's own")
     parser.add_argument("--check", action="store_true", help="1 if an expectation did not hold")

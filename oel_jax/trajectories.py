@@ -69,7 +69,7 @@ class Turn:
         object.__setattr__(self, "response_ids", _ids(self.response_ids))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """One finished game; the fields are those of the schema."""
 
@@ -85,6 +85,11 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", tuple(self.turns))
+
+    def __repr__(self) -> str:
+        """One line for notebooks, without the texts and ids of the turns."""
+        what = f"{self.game} seed {self.seed}, {self.policy}, round {self.round}, {self.purpose}"
+        return f"Trajectory({what}, {len(self.turns)} turns, {self.outcome!r})"
 
     @property
     def key(self) -> tuple[Any, ...]:

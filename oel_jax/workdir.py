@@ -35,6 +35,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from oel_jax import paths
 from oel_jax.errors import UserError
 
 SCHEMA = "oel.workdir/1"
@@ -68,6 +69,7 @@ FREE_FIELDS = {
     "sampler.overlap": "speed only",
     "sampler.weights": "memory against speed",
     "model.attention_block": "memory against speed",
+    "model.check_weights": "what is refused when a model is loaded",
     "preflight.on_harm": "what follows from the pre-flight; the warning says how to go on",
     "preflight.least_gain": "compared with what was measured, whenever consolidation is due",
     "consolidate.save_every": "how often a checkpoint is written",
@@ -202,7 +204,7 @@ class Workdir:
     """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root = paths.local(root, "--workdir")
         self._lock: int | None = None
         self._manifest: dict[str, Any] | None = None
 

@@ -253,6 +253,7 @@ OTHER = {
     "extract.history_markers": "tokens",
     "extract.item_marker": "-- EXPERIENCE ITEM:",
     "extract.template_file": "paper",
+    "model.check_weights": False,
     "extract.unfinished_thought": "keep",
     "extract.truncate": "head",
     "extract.draft_tokens": 2,

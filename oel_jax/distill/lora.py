@@ -174,7 +174,13 @@ def merged(base: Params, adapter: Params, lora: Lora) -> Params:
 
 
 def save_adapter(
-    directory: Path, cfg: ModelConfig, adapter: Params, lora: Lora, *, base: str
+    directory: Path,
+    cfg: ModelConfig,
+    adapter: Params,
+    lora: Lora,
+    *,
+    base: str,
+    revision: str | None = None,
 ) -> None:
     """Write an adapter as a directory that `peft.PeftModel.from_pretrained` loads.
 
@@ -182,8 +188,9 @@ def save_adapter(
 
     Args:
       directory: must not exist, or be empty; it gets its name when it is complete.
-      base: what its config names as the model it belongs to: a path as the user gave it, or one
-        relative to the workdir.
+      base: the model it belongs to, as PEFT looks it up: an absolute path (a relative one would be
+        taken for the name of a repository), or a hub id.
+      revision: the commit of that hub id.
 
     Raises:
       UserError: the directory is in use or cannot be written.
@@ -201,6 +208,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

@@ -40,6 +40,9 @@ class Teacher:
         self._thinking, self._block = thinking, block
         self._prefixes: dict[int, KnowledgePrefix] = {}
 
+    def __repr__(self) -> str:
+        return f"Teacher({len(self.texts)} texts, {len(self._prefixes)} encoded, {self.model!r})"
+
     @property
     def encoded(self) -> list[KnowledgePrefix]:
         """The prefixes encoded so far."""

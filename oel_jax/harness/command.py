@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import ml_collections
 
+from oel_jax import caches, paths
 from oel_jax.config import default, leaves
 from oel_jax.config_rules import rules
 from oel_jax.errors import UserError
 from oel_jax.export import policy_directory
 from oel_jax.harness import require_lm_eval
+from oel_jax.lm.agreement import fitting_tokenizer
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import DTYPES, LanguageModel, load_model
-from oel_jax.lm.tokenizer import load_tokenizer
 from oel_jax.metrics import Metrics, table
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.run import keep_compiled, start_directory
@@ -151,7 +152,8 @@ def _policies(
 
 def _check_policy(policy: Policy, selection: Sequence["Selected"]) -> None:
     """UserError if a task asks too much of the model; reads its config and its tokenizer."""
-    cfg, tokenizer = ModelConfig.from_directory(policy.directory), load_tokenizer(policy.directory)
+    cfg = ModelConfig.from_directory(policy.directory)
+    tokenizer = fitting_tokenizer(policy.directory, cfg)
     for one in selection:
         if one.settings["chat_template"]:
             try:
@@ -296,11 +298,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m oel_jax.evaluate", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="of the run, as for main")
+    add("--workdir", type=paths.argument, required=True, help="of the run, as for main")
     add("--lm_eval_tasks", required=True, help="tasks, groups or tags, separated by commas")
     add("--round", type=int, help="only the policy after this round; 0: the starting model")
-    add("--ifeval_data", type=Path, help="input_data.jsonl and nltk_data: ifeval offline")
-    add("--lm_eval_include", type=Path, help="directory with task files (YAML) of your own")
+    add("--ifeval_data", type=paths.argument, help="input_data.jsonl and nltk_data: ifeval offline")
+    add(
+        "--lm_eval_include",
+        type=paths.argument,
+        help="directory with task files (YAML) of your own",
+    )
     add("--limit", type=int, help="only the first documents of each task")
     add("--seed", type=int, default=42, help="of answers and few-shot examples; default 42")
     add("--temperature", type=float, help="default: the paper's for ifeval, else the task's")
@@ -350,6 +356,7 @@ def run(given: argparse.Namespace) -> dict[tuple[int, str], dict[str, Any]]:
         if value is not None and value < least:
             raise UserError(f"--{name}={value}: it must be at least {least}")
     sampling = _sampling(given)
+    caches.set_hugging_face_home()
     require_lm_eval()
     _, config = _run_config(given.workdir)
     _policies(given.workdir, config, given.round)

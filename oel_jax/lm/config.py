@@ -270,6 +270,12 @@ def _refuse_unsupported(fields: _Fields, family: str) -> None:
             "config.json: layer_types may only list 'full_attention' (sliding windows are not "
             f"supported), but is {sliding!r}; use a model with full attention"
         )
+    if sliding and len(sliding) != fields.integer("num_hidden_layers"):
+        raise UserError(
+            f"config.json: num_hidden_layers is {fields.integer('num_hidden_layers')}, but "
+            f"layer_types lists {len(sliding)} layers; correct the one that does not match the "
+            "weights"
+        )
     # Qwen files keep a sliding_window length beside use_sliding_window: false; that is no window.
     if fields.boolean("use_sliding_window", False):
         raise UserError(

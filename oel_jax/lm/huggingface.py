@@ -8,20 +8,27 @@ so that beside the arrays themselves the host holds at most one device's slice o
 import functools
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from oel_jax import paths
 from oel_jax.errors import UserError
-from oel_jax.lm import safetensors_io
+from oel_jax.lm import hub, safetensors_io
 from oel_jax.lm.config import ModelConfig, read_json
 from oel_jax.lm.model import param_shardings
-from oel_jax.lm.safetensors_io import SafetensorsFile
+from oel_jax.lm.weight_files import (
+    INDEX,
+    SINGLE,
+    Stored,
+    all_finite,
+    check_tied,
+    open_weights,
+)
 from oel_jax.lm.weight_table import Layout, Weight, weights
 from oel_jax.parallel import processes
 
@@ -42,11 +49,7 @@ CARRIED_FILES = (
     "NOTICE",
     "NOTICE.txt",
 )
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000
-# Buffers that old exporters saved although they are computed from the config.
-_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 def load_params(
@@ -55,6 +58,7 @@ def load_params(
     *,
     mesh: jax.sharding.Mesh,
     dtype: Any,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Loads the weights of a model directory, each device reading its own slices.
 
@@ -63,22 +67,23 @@ def load_params(
         cfg: the config of that directory.
         mesh: where the parameters go, by `param_shardings(cfg, mesh)`.
         dtype: dtype of all leaves; rounding is to nearest even, on the host.
+        check: refuse NaN and infinite values, naming the tensor.
 
     Returns:
         The parameter tree (see `oel_jax.lm.model`), e.g. `layers/q` as [L, D, N, H].
 
     Raises:
-        UserError: a file is missing or damaged, or tensors are missing, unexpected, mis-shaped or
-            of another dtype; all such tensors are named in one message.
+        UserError: a file is missing or damaged; tensors are missing, unexpected, mis-shaped or of
+            another dtype (all are named in one message); a value is NaN or infinite.
     """
     directory = Path(directory)
     shardings = param_shardings(cfg, mesh)
-    files = _open_weights(directory)
-    _check_tensors(directory, cfg, files)
+    stored = open_weights(directory, cfg)
+    check_tied(directory, cfg, stored)
     dtype = np.dtype(dtype)
     params: dict[str, Any] = {}
     for weight, layout in _table(cfg):
-        read = functools.partial(_read_slices, weight, layout, files, dtype)
+        read = functools.partial(_read_slices, weight, layout, stored, dtype, check)
         _set(params, weight.path, _load_leaf(layout.leaf, _get(shardings, weight.path), read))
     return params
 
@@ -100,20 +105,36 @@ def _load_leaf(
 def _read_slices(
     weight: Weight,
     layout: Layout,
-    files: Mapping[str, SafetensorsFile],
+    stored: Mapping[str, Stored],
     dtype: np.dtype,
+    check: bool,
     index: tuple[slice, ...],
 ) -> np.ndarray:
     """The part `index` of a leaf as a new host array (called once per device)."""
-    names = layout.names(weight)
     shape = [len(range(*part.indices(n))) for part, n in zip(index, layout.leaf, strict=True)]
     out = np.empty(shape, dtype)
-    if not weight.stacked:
-        _copy(out, layout.to_ours(files[names[0]].tensor(names[0]))[index])
-        return out
-    for i, name in enumerate(names[index[0]]):
-        _copy(out[i, ...], layout.to_ours(files[name].tensor(name))[index[1:]])
+    if weight.stacked:
+        names, parts, index = layout.names(weight)[index[0]], list(out), index[1:]
+    else:
+        names, parts = layout.names(weight), [out]
+    for name, part in zip(names, parts, strict=True):
+        view = layout.to_ours(stored[name].read())[index]
+        _copy(part, view)
+        if check and not all_finite(part):
+            raise _not_finite(stored[name], view, dtype)
     return out
+
+
+def _not_finite(stored: Stored, view: np.ndarray, dtype: np.dtype) -> UserError:
+    """What to say about a tensor that has become NaN or infinite."""
+    bad = int((~np.isfinite(view.astype(np.float32))).sum())
+    where = f"{stored.file.path}: {stored.name}"
+    if not bad:
+        return UserError(f"{where} has values too large for {dtype}; load it as bfloat16")
+    return UserError(
+        f"{where} has NaN or infinite values ({bad} of the {view.size} read): the checkpoint is "
+        "damaged; copy or download it again (config.model.check_weights=False loads it as it is)"
+    )
 
 
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
@@ -124,92 +145,6 @@ def _copy(out: np.ndarray, view: np.ndarray) -> None:
     block = 64  # columns of `out` are rows of the file: few enough to stay in the cache
     for i in range(0, out.shape[-1], block):
         out[..., i : i + block] = view[..., i : i + block]
-
-
-def _open_weights(directory: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> file, from the single file or from the index (preferred as transformers)."""
-    if (directory / _SINGLE).exists():
-        file = SafetensorsFile(directory / _SINGLE)
-        return dict.fromkeys(file.entries, file)
-    if not (directory / _INDEX).exists():
-        others = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
-        hint = f" ({', '.join(others[:3])} is not read; convert it)" if others else ""
-        raise UserError(f"{directory} has neither {_SINGLE} nor {_INDEX}{hint}")
-    placed = read_json(directory / _INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
-        raise UserError(f"{directory / _INDEX} has no weight_map; download it again")
-    shards = sorted(set(placed.values()))
-    for shard in shards:
-        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
-            raise UserError(
-                f"{directory / _INDEX}: the shard {shard!r} lies outside the model directory; "
-                "such an index is not followed"
-            )
-    absent = [shard for shard in shards if not (directory / shard).is_file()]
-    if absent:
-        raise UserError(
-            f"{directory}: the shard {', '.join(absent)} listed in {_INDEX} is missing; "
-            "copy or download it"
-        )
-    files = {}
-    for shard in shards:
-        file = SafetensorsFile(directory / shard)
-        files |= {n: file for n in file.entries if placed.get(n, shard) == shard}
-    return files
-
-
-def _check_tensors(directory: Path, cfg: ModelConfig, files: Mapping[str, SafetensorsFile]) -> None:
-    """Compares what the files hold with what the config asks for; one `UserError` names it all."""
-    expected = {n: layout.theirs for w, layout in _table(cfg) for n in layout.names(w)}
-    present = {n for n in files if not _COMPUTED.search(n)}
-    if cfg.tie_embeddings:
-        present.discard("lm_head.weight")
-    shapes, dtypes = [], []
-    for name in expected:
-        if name not in files:
-            continue
-        dtype, shape = files[name].entries[name]
-        if shape != expected[name]:
-            shapes.append(f"{name} {list(shape)} instead of {list(expected[name])}")
-        if dtype not in safetensors_io.DTYPES:
-            dtypes.append(f"{name} {dtype}")
-    problems = {
-        "missing": [name for name in expected if name not in files],
-        "unexpected": sorted(present - expected.keys()),
-        "of the wrong shape": shapes,
-        "neither BF16, F16 nor F32": dtypes,
-    }
-    lines = [
-        f"  {len(names)} {what}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
-    if "lm_head.weight" in problems["missing"]:
-        lines.append("  (if the model shares lm_head with the embedding, set tie_word_embeddings)")
-    if lines:
-        raise UserError(
-            "\n".join([f"{directory}: the tensors do not fit its config.json:", *lines])
-        )
-    _check_tied_head(directory, cfg, files)
-
-
-def _check_tied_head(directory: Path, cfg: ModelConfig, files: Mapping[str, SafetensorsFile]):
-    """A tied model may still carry an lm_head, but only a copy of the embedding."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    if not cfg.tie_embeddings or names[1] not in files:
-        return
-    if files[names[0]].entries[names[0]] == files[names[1]].entries[names[1]]:
-        embed, head = (files[name].tensor(name).view(np.uint8) for name in names)
-        block = 4096  # rows; whole tables would be a gigabyte of temporary comparisons
-        if all(
-            np.array_equal(embed[i : i + block], head[i : i + block])
-            for i in range(0, len(embed), block)
-        ):
-            return
-    raise UserError(
-        f"{directory}: config.json says tie_word_embeddings, but lm_head.weight differs from the "
-        "embedding; set tie_word_embeddings to false (or remove the tensor)"
-    )
 
 
 def save_model(
@@ -273,8 +208,8 @@ def copy_model(
     """
     directory, source = Path(directory), Path(source)
     cfg = ModelConfig.from_directory(source)
-    files = _open_weights(source)
-    _check_tensors(source, cfg, files)
+    stored = open_weights(source, cfg)
+    check_tied(source, cfg, stored)
     wanted = None if dtype is None else _checked_dtype(dtype)
     config = source / "config.json"
     text = _config_text(source, wanted) if wanted else config.read_text(encoding="utf-8")
@@ -285,16 +220,16 @@ def copy_model(
             names = {n: layout.theirs for w, layout in _table(cfg) for n in layout.names(w)}
 
             def value(name: str) -> np.ndarray:
-                return files[name].tensor(name).astype(wanted)
+                return stored[name].read().astype(wanted)
 
             _write_weights(partial, list(names.items()), wanted, value, shard_bytes)
             return
-        for path in {file.path for file in files.values()}:
+        for path in {one.file.path for one in stored.values()}:
             target = partial / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        if not (source / _SINGLE).exists():
-            shutil.copyfile(source / _INDEX, partial / _INDEX)
+        if not (source / SINGLE).exists():
+            shutil.copyfile(source / INDEX, partial / INDEX)
 
 
 def _checked_dtype(dtype: Any) -> np.dtype:
@@ -361,7 +296,7 @@ def _write_weights(
     """One file, or shards and their index."""
     shards = safetensors_io.split_by_size(tensors, dtype.itemsize, shard_bytes)
     if len(shards) == 1:
-        safetensors_io.write(directory / _SINGLE, shards[0], dtype, value)
+        safetensors_io.write(directory / SINGLE, shards[0], dtype, value)
         return
     placed = {}
     for i, shard in enumerate(shards, start=1):
@@ -370,7 +305,7 @@ def _write_weights(
         placed |= {name: file for name, _ in shard}
     total = sum(math.prod(shape) for _, shape in tensors) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": placed}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _places(
@@ -414,29 +349,14 @@ def resolve(path_or_hub_id: str) -> Path:
         UserError: there is no such directory, or the hub cannot give the model.
     """
     text = str(path_or_hub_id)
-    path = Path(text).expanduser()
+    if paths.scheme(text) is None and hub.is_id(text) and not Path(text).exists():
+        return hub.fetched(text, CARRIED_FILES)
+    path = paths.local(text, "a model")
     if path.is_dir():
         return path
     if path.exists():
         raise UserError(f"{text} is a file; give the model directory that holds config.json")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
-        raise UserError(
-            f"there is no model directory {text}; give an existing directory or a Hugging Face id "
-            "of the form owner/name"
-        )
-    import huggingface_hub  # slow to import, and local models do not need it
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                text,
-                allow_patterns=["config.json", "*.safetensors", _INDEX, *CARRIED_FILES],
-                ignore_patterns=["*/*"],
-            )
-        )
-    except (OSError, ValueError) as error:  # all errors of the hub client are one of the two
-        raise UserError(
-            f"{text} is neither a local directory nor could it be fetched from the Hugging Face "
-            f"hub ({type(error).__name__}); check the name, the network and, for a gated model, "
-            "`hf auth login`"
-        ) from error
+    raise UserError(
+        f"there is no model directory {text}; give an existing directory or a Hugging Face id of "
+        "the form owner/name"
+    )

@@ -1,6 +1,7 @@
 """A model that is loaded and ready: config, parameters on a mesh, tokenizer."""
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from oel_jax.errors import UserError
+from oel_jax.lm.agreement import check_ids, fitting_tokenizer
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.huggingface import load_params, resolve
 from oel_jax.lm.model import Params, forward, unembed
-from oel_jax.lm.tokenizer import Tokenizer, load_tokenizer
+from oel_jax.lm.tokenizer import Tokenizer
 from oel_jax.parallel.mesh import all_devices, make_mesh, put_batch
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -27,7 +29,7 @@ def _logits(cfg: ModelConfig, params: Params, tokens, positions, segments):
     return unembed(cfg, params, forward(cfg, params, tokens, positions, segments))
 
 
-@dataclass
+@dataclass(repr=False)
 class LanguageModel:
     """A decoder with its weights.
 
@@ -47,8 +49,17 @@ class LanguageModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Loaded on first use; UserError if the directory has no tokenizer files."""
-        return load_tokenizer(self.directory, self.today)
+        """Loaded on first use; UserError if there is none, or if it does not fit the model."""
+        return fitting_tokenizer(self.directory, self.cfg, self.today)
+
+    def __repr__(self) -> str:
+        """Two lines for notebooks; the weights of a model would fill hundreds."""
+        leaves = jax.tree.leaves(self.params)
+        count = sum(math.prod(leaf.shape) for leaf in leaves)
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        devices = f"{self.mesh.devices.size} {self.mesh.devices.flat[0].device_kind} device(s)"
+        what = f"{self.cfg.family}, {count:,} parameters, {dtypes}, {devices}"
+        return f"LanguageModel({what},\n  {self.directory})"
 
     @property
     def vocab_limit(self) -> int:
@@ -104,6 +115,7 @@ def load_model(
     dtype: Any = "float32",
     mesh: jax.sharding.Mesh | None = None,
     today: datetime.datetime | None = None,
+    check_weights: bool = True,
 ) -> LanguageModel:
     """Load a Hugging Face directory, a hub id, 'nano' or 'nano:SIZE' (bundled models).
 
@@ -112,6 +124,7 @@ def load_model(
       dtype: 'float32', 'bfloat16' or 'float16' (or a dtype): what the weights become.
       mesh: where they live; the first device alone when not given.
       today: the date that the chat template shows, if it shows one (a run's: `Workdir.today`).
+      check_weights: refuse NaN and infinite weights, naming the tensor.
 
     Raises:
       UserError: anything wrong with the directory, naming the file or field.
@@ -124,7 +137,8 @@ def load_model(
     try:
         directory = resolve(bundled(str(path)))
         cfg = ModelConfig.from_directory(directory)
-        params = load_params(directory, cfg, mesh=mesh, dtype=dtype)
+        check_ids(directory, cfg)
+        params = load_params(directory, cfg, mesh=mesh, dtype=dtype, check=check_weights)
     except UserError as error:
         # The message says it all: a notebook need not show how libraries came to fail.
         raise error.with_traceback(None) from None

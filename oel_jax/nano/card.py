@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from oel_jax import games
+from oel_jax import games, paths
 from oel_jax.errors import UserError
 from oel_jax.games.seeds import HELDOUT_GAMES
 from oel_jax.lm.config import ModelConfig, read_json
@@ -226,12 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m oel_jax.nano.card", description=(__doc__ or "").partition("\n")[0]
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="model directory")
+    which.add_argument("--model", type=paths.argument, help="model directory")
     which.add_argument("--size", help="a bundled model: " + ", ".join(pretrain.SIZES))
     parser.add_argument("--seeds", type=int, default=10, help="plays of each held-out board")
     parser.add_argument("--quick", action="store_true", help="the same as --seeds=2")
     parser.add_argument("--seed", type=int, default=0, help="another one draws everything afresh")
-    parser.add_argument("--out", type=Path, help="default: the model's own directory")
+    parser.add_argument("--out", type=paths.argument, help="default: the model's own directory")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     given = parser.parse_args(arguments)
     try:

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from oel_jax import paths
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import Params, forward, init_params, unembed
@@ -364,7 +365,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="small", help=f"one of {', '.join(SIZES)}")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")
+    parser.add_argument(
+        "--out", type=paths.argument, required=True, help="directory to write the model to"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="default: what the size prescribes")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """The shape of a model without its weights: a local config.json, or a table of known hub ids."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from oel_jax import paths
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import bundled
@@ -61,7 +61,7 @@ def model_shape(path: str, field: str = "config.model.path") -> ModelConfig:
       UserError: no such directory, and the table does not know the name; or a config.json that is
         not supported.
     """
-    directory = Path(bundled(path)).expanduser()
+    directory = paths.local(bundled(path), field)
     if directory.is_dir():
         return ModelConfig.from_directory(directory)
     if path in KNOWN:

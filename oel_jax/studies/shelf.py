@@ -117,7 +117,7 @@ _EVALUATIONS = ("evaluate.in_context", "evaluate.curve", "evaluate.skills")
 _WHICH = (*_EVALUATIONS, "preflight.games")  # nothing else reads the pre-flight
 
 # The preset is a name, and what it sets is in the other fields; a model counts by its files.
-_ALWAYS = ("preset", "model.path")
+_ALWAYS = ("preset", "model.path", "model.check_weights")
 
 # Part of a stage -> config fields that cannot change its files. Whatever is not named here counts,
 # fields that are added later included. `AMOUNT` is added where boards already seen do not count.
