@@ -47,9 +47,8 @@ def default() -> ml_collections.ConfigDict:
     c.seed = 0  # loop seed: every random key of the run derives from it
     c.rounds = 2  # rounds of deploy, extract, consolidate, evaluate; may be raised later
     c.preset = "default"  # which of PRESETS this config started from; set by apply_preset
-    c.compilation_cache = (
-        ""  # XLA's programs; '' = ~/.cache/oel_jax/xla; a directory, gs://..; 'off'
-    )
+    # a directory, or a bucket (gs://, s3://, az://) if the package that JAX needs for it is there
+    c.compilation_cache = ""  # XLA's compiled programs; '' = ~/.cache/oel_jax/xla, 'off' = none
     c.profile = ""  # 'step:10..12' traces these optimizer steps for TensorBoard's profiler
     c.negative_control = "none"  # breaks the method on purpose, see oel_jax/negative_control.py
 

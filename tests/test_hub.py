@@ -43,7 +43,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list] = {}
         self.asked: Counter = Counter()
         self.closing = threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -137,7 +137,7 @@ def served(model, monkeypatch):
     """A hub, and a client that neither waits long for bytes nor between its own tries."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.25)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
@@ -203,17 +203,17 @@ def test_what_stays_ends_in_one_message_and_no_half_model(
         fetch(served, tmp_path)
     assert capsys.readouterr().err.count("next try in 0 s") == 2
     # Neither without a network ...
-    found = list(tmp_path.glob("**/config.json"))
+    found = list(tmp_path.glob("**/snapshots/*/config.json"))
     assert len(found) == 1 and incomplete(found[0].parent)
     with monkeypatch.context() as offline:
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(UserError, match="own/model .*HF_HUB_OFFLINE"):
             fetch(served, tmp_path)
         # ... nor in a cache of an older client, which kept no list of the files
-        for trees in tmp_path.glob("models--*/trees"):
-            shutil.rmtree(trees)
+        older = shutil.copytree(tmp_path, tmp_path / "older", symlinks=True)
+        shutil.rmtree(older / "models--own--model" / "trees")
         with pytest.raises(UserError, match=f"not whole in the cache: .*{SHARD}"):
-            fetch(served, tmp_path)
+            fetch(served, older)
     # and the next start with a network finishes it
     served.faults.clear()
     assert_whole(fetch(served, tmp_path), model)

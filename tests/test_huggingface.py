@@ -426,8 +426,7 @@ def test_resolve_hub_from_the_cache_and_offline(tmp_path):
     """A cached snapshot is found without a network; an unknown id gets one clear message."""
     cache = tmp_path / "models--someone--tiny"
     snapshot = cache / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    write_model(snapshot, "qwen3")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
     script = """
@@ -451,7 +450,8 @@ def test_resolve_hub_from_the_cache_and_offline(tmp_path):
     )
     found, refused = done.stdout.splitlines()
     assert found == str(snapshot)
-    assert refused.startswith("someone/absent is neither a local directory nor could it be fetched")
+    assert refused.startswith("someone/absent is neither a local directory nor whole in the cache")
+    assert "HF_HUB_OFFLINE" in refused
 
 
 def test_a_bias_free_norm_free_family_ignores_nothing(mesh, tmp_path):
