@@ -28,6 +28,7 @@ FIELDS = {
     "extract.model_path": (),
     "extract.knowledge_from": (),
     "extract.template_file": (),
+    "game.module": (),
     "compilation_cache": ("gs://b/x", "s3://b/x", "S3://b"),  # JAX itself can use these
 }
 
