@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import go, tiny_config
 
 from oel_jax import games, plan, prompts
 from oel_jax import main as oel_main
@@ -33,7 +33,8 @@ def guess_config(**changes):
 
 def test_a_game_without_a_grid_goes_through_a_whole_run(tmp_path):
     config = guess_config(preflight__games=2)
-    oel_main.run(config, tmp_path)
+    validate(config, games=games.known(config.game))
+    go(tmp_path, config)
     played = read(tmp_path / "round_001" / "deploy" / "step_001.jsonl")
     turns = [turn for game in played for turn in game.turns]
     assert {game.game for game in played} == {"guess"} and turns
@@ -126,7 +127,7 @@ def test_knowledge_goes_in_and_comes_out_with_every_wrapper(wrapper):
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(tmp_path):
-    config = tiny_config(sampler__max_prompt=20)
+    config = tiny_config(sampler__max_prompt=20, mesh__fsdp=-1)
     with pytest.raises(UserError, match=r"max_prompt is 20, but the first prompt of frozen_lake"):
         oel_main.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
