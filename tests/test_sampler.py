@@ -103,6 +103,18 @@ def test_the_pace_follows_the_device(monkeypatch):
     assert not pace.encoding(40) and pace.encoding(20)
 
 
+def test_tokens_are_counted_from_the_first_dispatch(model, requests):
+    sampler, counts, ids = make(model, decode_steps=2), [], 0
+    sampler.submit(requests)
+    while sampler.busy:
+        ids += sum(len(done.ids) for done in sampler.poll(model.params))
+        counts.append((sampler.written, sampler.generated))
+    assert 0 < counts[0][0] <= 16  # eight slots, two tokens each
+    assert counts == sorted(counts) and all(written >= whole for written, whole in counts)
+    assert any(written > whole for written, whole in counts)  # answers that are not finished
+    assert counts[-1] == (ids, ids)
+
+
 def test_cached_log_probs_equal_the_full_forward(model, requests, answers):
     worst = 0.0
     pairs = list(zip(requests, answers, strict=True))
