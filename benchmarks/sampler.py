@@ -22,7 +22,7 @@ from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.distill.memory import used
 from oel_jax.errors import UserError
 from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.language_model import LanguageModel, load_model
+from oel_jax.lm.language_model import DTYPES, LanguageModel, load_model
 from oel_jax.lm.requests import Request, request_key
 from oel_jax.lm.sampler import Sampler
 from oel_jax.lm.sampling import Sampling
@@ -48,7 +48,15 @@ def length(knowledge: int, turn: int) -> int:
 class Ours:
     """The sampler as the package uses it."""
 
-    def __init__(self, model: LanguageModel, history: np.ndarray, knowledge: int, turns: int, new):
+    def __init__(
+        self,
+        model: LanguageModel,
+        history: np.ndarray,
+        knowledge: int,
+        turns: int,
+        new: int,
+        dtype: str = "float32",
+    ):
         self.model, self.history, self.turns, self.new = model, history, turns, new
         self.knowledge = knowledge
         self.prefix = tuple(history[0, :knowledge].tolist())
@@ -61,6 +69,7 @@ class Ours:
             how=Sampling(0.7),
             limit=model.cfg.vocab_size,
             stop_ids=(),
+            dtype=DTYPES[dtype],
             decode_steps=new,
             prefill_rows=min(16, len(history)),
             longest_prefix=knowledge,

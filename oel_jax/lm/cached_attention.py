@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from oel_jax.lm.cache_storage import Store, as_heads, read_block
 from oel_jax.parallel.mesh import all_rows, parts
 
 _MASKED = -1e30  # finite, so that a row that sees nothing stays finite
@@ -29,12 +30,13 @@ class _Softmax(NamedTuple):
 
 def cached_attention(
     q: Float[Array, "B T N H"],
-    own: tuple[Float[Array, "L slots S K H"], Float[Array, "L slots S K H"]],
-    bank: tuple[Float[Array, "L M p K H"], Float[Array, "L M p K H"]],
+    own: tuple[Store, Store],
+    bank: tuple[Store, Store],
     layer: Int[Array, ""],
     column: Int[Array, "B T"],
     shared: Int[Array, " B"],
     *,
+    kv_heads: int,
     slot: Int[Array, " B"] | None,
     group: Int[Array, ""] | None,
     blocks: Int[Array, ""],
@@ -50,6 +52,7 @@ def cached_attention(
     the prefixes lie on this device.
 
     Args:
+      kv_heads: K, of one device.
       slot: the slot of each row; None: row b is slot b, and the cache is read in place.
       group: the prefix that all rows read; None: row b reads prefix b % M, and B is a multiple of
         M. Either way each prefix is read once for all its rows.
@@ -58,20 +61,20 @@ def cached_attention(
       block: size of a block, of (cache, bank).
     """
     b, t, n, h = q.shape
-    kv = own[0].shape[3]
+    kv = kv_heads
     seen = _nothing(b, kv, t * n // kv, h)
     if bank[0].shape[2]:
         lane, lanes = (0, bank[0].shape[1]) if group is None else (group, 1)
         if parts("fsdp") == 1:
-            seen = _see_bank(q, bank, (layer, lane), lanes, shared, 0, longest, block[1])
+            seen = _see_bank(q, kv, bank, (layer, lane), lanes, shared, 0, longest, block[1])
         elif group is not None:
             keys = tuple(all_rows(side[layer, group])[None, None] for side in bank)
-            seen = _see_bank(q, keys, (0, 0), 1, shared, 0, longest, block[1])
+            seen = _see_bank(q, kv, keys, (0, 0), 1, shared, 0, longest, block[1])
         else:
             first = jax.lax.axis_index("fsdp") * bank[0].shape[2]
-            everyone = all_rows(q), bank, (layer, 0), lanes, all_rows(shared)
+            everyone = all_rows(q), kv, bank, (layer, 0), lanes, all_rows(shared)
             seen = _merged(_see_bank(*everyone, first, longest, block[1]))
-    seen = _see_own(seen, q, own, layer, column, slot, blocks, block[0])
+    seen = _see_own(seen, q, kv, own, layer, column, slot, blocks, block[0])
     out = (seen.out / seen.total[..., None]).astype(q.dtype)
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
@@ -105,7 +108,8 @@ def _fold(
 
 def _see_bank(
     q: Float[Array, "B T N H"],
-    bank: tuple[Float[Array, "L M p K H"], Float[Array, "L M p K H"]],
+    kv: int,
+    bank: tuple[Store, Store],
     at: tuple[int | Array, int | Array],
     lanes: int,
     shared: Int[Array, " B"],
@@ -117,16 +121,13 @@ def _see_bank(
 
     `at`: the layer, and the first of the `lanes` prefixes that rows read in turn.
     """
-    b, h = q.shape[0], q.shape[3]
-    length, kv = bank[0].shape[2:4]
+    b, length, h = q.shape[0], bank[0].shape[2], q.shape[3]
     rows = _by_key_head(q, kv)
     lined = rows.reshape(b // lanes, lanes, kv, -1, h)  # rows of one prefix in a column
 
     def step(index: Array, carry: _Softmax) -> _Softmax:
-        start = (*at, index * size, 0, 0)
-        keys, values = (
-            jax.lax.dynamic_slice(side, start, (1, lanes, size, kv, h))[0] for side in bank
-        )
+        start = (*at, index * size)
+        keys, values = (read_block(side, start, (1, lanes, size), (kv, h))[0] for side in bank)
         scores = jnp.einsum("jmkxh,mskh->jmkxs", lined, keys, preferred_element_type=jnp.float32)
         place = first + index * size + jnp.arange(size)
         seen = place[None, None, :] < shared[:, None, None]
@@ -161,7 +162,8 @@ def _merged(of_all: _Softmax) -> _Softmax:
 def _see_own(
     seen: _Softmax,
     q: Float[Array, "B T N H"],
-    own: tuple[Float[Array, "L slots S K H"], Float[Array, "L slots S K H"]],
+    kv: int,
+    own: tuple[Store, Store],
     layer: Array,
     column: Int[Array, "B T"],
     slot: Int[Array, " B"] | None,
@@ -170,15 +172,15 @@ def _see_own(
 ) -> _Softmax:
     """Columns up to column[b, t] of the slot of row b."""
     b, _, _, h = q.shape
-    kv = own[0].shape[3]
     rows = _by_key_head(q, kv)
 
     def piece(cache: Array, index: Array) -> Float[Array, "B size K H"]:
         if slot is None:
-            start = (layer, 0, index * size, 0, 0)
-            return jax.lax.dynamic_slice(cache, start, (1, b, size, kv, h))[0]
+            start = (layer, 0, index * size)
+            return read_block(cache, start, (1, b, size), (kv, h))[0]
         columns = index * size + jnp.arange(size)
-        return cache.at[layer, slot[:, None], columns[None, :]].get(mode="clip")
+        stored = cache.at[layer, slot[:, None], columns[None, :]].get(mode="clip")
+        return as_heads(stored, 2, (kv, h))
 
     def step(index: Array, carry: _Softmax) -> _Softmax:
         keys, values = (piece(side, index) for side in own)

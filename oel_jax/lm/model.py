@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from oel_jax.lm import weighted
 from oel_jax.lm.attention import attention
+from oel_jax.lm.cache_storage import from_stored
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.rope import cos_sin, rotate
 from oel_jax.parallel.mesh import constrain, out_spec, shardings
@@ -273,7 +274,7 @@ def forward(
         weights, shared = layer
 
         def attend(q: Array, k: Array, v: Array):
-            known = None if shared is None else (shared.keys, shared.values)
+            known = None if shared is None else tuple(map(from_stored, shared))
             length = None if shared is None else prefix.length
             kept = None if keep is None else KeyValues(keep(k), keep(v))
             return attention(q, k, v, segments, known, length, block=block), kept

@@ -8,6 +8,7 @@ import numpy as np
 from jax import P
 from jaxtyping import Array, Float
 
+from oel_jax.lm.cache_storage import to_stored
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.model import KeyValues, Params, forward
 from oel_jax.parallel.mesh import parts, put_batch, spec
@@ -67,12 +68,16 @@ def encode_prefix(
 
 @partial(jax.jit, static_argnames=("cfg", "block"))
 def encode_rows(cfg, params: Params, tokens, positions, segments, *, block: int) -> KeyValues:
-    """Keys and values of the text that stands in every row, [L, K, T, H]."""
+    """Keys and values of the text that is in every row, [L, K, T, H], as they are stored."""
     return forward(cfg, params, tokens, positions, segments, block=block, keep=_own_positions)[1]
 
 
 def _own_positions(side: Float[Array, "B K T H"]) -> Float[Array, "K T H"]:
-    """Of rows that are all the same, each device keeps its part of the positions of its own row."""
+    """Of rows that are all the same, each device keeps its part of the positions of its own row.
+
+    They are kept as they are stored, so that collecting the layers converts nothing.
+    """
+    side = to_stored(side)
     if jax.sharding.get_abstract_mesh().empty:
         return side[0]
 

@@ -12,12 +12,14 @@ bank, its positions split over 'fsdp' too (`cached_attention.py` tells how they 
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from oel_jax.lm.cache_storage import as_stored_in, from_stored, stored_dtype, stored_shape
 from oel_jax.lm.cached_attention import cached_attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.draft import kept, propose
@@ -100,8 +102,9 @@ class Admission:
     budget: Int[Array, " R"]
 
 
-_CACHE = P(None, "fsdp", None, "tp", None)
-_BANK = spec(None, None, "prefix", "kv_heads", None)
+# Heads are split over 'tp', whether or not their width is a dimension of its own (`stored_shape`).
+_CACHE = P(None, "fsdp", None, "tp")
+_BANK = spec(None, None, "prefix", "kv_heads")
 
 
 def cache_block(length: int) -> int:
@@ -125,15 +128,16 @@ def abstract_state(
     length += -length % cache_block(length)
     devices = mesh.shape["fsdp"]
     shared += -shared % (devices * cache_block(-(-shared // devices)))
-    heads = (cfg.num_kv_heads, cfg.head_dim)
+    heads = stored_shape(cfg.num_kv_heads, cfg.head_dim, mesh)
+    stored = stored_dtype(dtype, mesh.devices.flat[0].platform)
     rows, wide = spec("batch"), spec("batch", None)
 
     def array(where: P, kind, *shape: int) -> jax.ShapeDtypeStruct:
         place = jax.sharding.NamedSharding(mesh, where)
         return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
-    cache = array(_CACHE, dtype, cfg.num_layers, slots, length, *heads)
-    bank = array(_BANK, dtype, cfg.num_layers, groups, shared, *heads)
+    cache = array(_CACHE, stored, cfg.num_layers, slots, length, *heads)
+    bank = array(_BANK, stored, cfg.num_layers, groups, shared, *heads)
     number = array(rows, jnp.int32, slots)
     return SlotState(
         cache=KeyValues(cache, cache),
@@ -199,7 +203,7 @@ def _write_and_attend(reach_slot, reach_group, layer, q, k, v, cache, bank, rows
     row = (jnp.arange(q.shape[0]) if reach_slot is None else slot)[:, None]
     updated = KeyValues(
         *(
-            old.at[layer, row, column].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")
+            old.at[layer, row, column].set(as_stored_in(old, new.swapaxes(1, 2)), mode="drop")
             for old, new in zip(cache, (k, v), strict=True)
         )
     )
@@ -210,6 +214,7 @@ def _write_and_attend(reach_slot, reach_group, layer, q, k, v, cache, bank, rows
         layer,
         column,
         shared,
+        kv_heads=k.shape[1],
         slot=None if reach_slot is None else slot,
         group=reach_group,
         blocks=far[0],
@@ -301,6 +306,16 @@ def admit(state: SlotState, new: Admission) -> SlotState:
     return replace(state, ids=ids, **started)
 
 
+def _copy_row(row: Array, source: Array, target: Array, width: int, leaf: Array) -> Array:
+    """[:, source[row], :width] to target[row], which may lie outside: then nothing changes."""
+    rest = [0] * (leaf.ndim - 3)
+    size = (leaf.shape[0], 1, width, *leaf.shape[3:])
+    places = [(0, jnp.minimum(slot[row], leaf.shape[1] - 1), 0, *rest) for slot in (source, target)]
+    new, old = (jax.lax.dynamic_slice(leaf, place, size) for place in places)
+    new = jnp.where(target[row] < leaf.shape[1], new, old)
+    return jax.lax.dynamic_update_slice(leaf, new, places[1])
+
+
 @partial(jax.jit, static_argnames=("width",), donate_argnames=("state",))
 def copy_slots(
     state: SlotState, source: Int[Array, " R"], target: Int[Array, " R"], *, width: int
@@ -308,11 +323,12 @@ def copy_slots(
     """Copy the first `width` cache columns from slot to slot of one device; `state` is donated."""
 
     def local(cache, ids, source, target):
-        def copy(leaf):
-            piece = leaf.at[:, source, :width].get(mode="clip")
-            return leaf.at[:, target, :width].set(piece, mode="drop")
+        # One row after the other, as slices: a gather of all would transpose the cache on a TPU.
+        def copy(row: Array, leaves: Any) -> Any:
+            return jax.tree.map(partial(_copy_row, row, source, target, width), leaves)
 
-        return jax.tree.map(copy, cache), copy(ids[None])[0]
+        copied = jax.lax.fori_loop(0, source.shape[0], copy, (cache, ids[None]))
+        return copied[0], copied[1][0]
 
     rows, places = P("fsdp"), (KeyValues(_CACHE, _CACHE), P("fsdp", None))
     copied = _per_device(local, (*places, rows, rows), places)
@@ -327,12 +343,14 @@ def put_prefix(state: SlotState, group: Int[Array, ""], prefix: KeyValues) -> Sl
     def put(bank: Array, new: Array, group: Array) -> Array:
         def one(layer: Array, bank: Array) -> Array:
             # Shorter than the bank, a text is cut at other positions: one layer is whole at a time.
-            whole = all_rows(new[layer].swapaxes(0, 1))
+            whole = all_rows(from_stored(new[layer]).swapaxes(0, 1))
+            whole = as_stored_in(bank, whole)
             size = bank.shape[2]
             first = 0 if parts("fsdp") == 1 else jax.lax.axis_index("fsdp") * size
             place = first + jnp.arange(size)
-            mine = whole.at[place].get(mode="fill", fill_value=0).astype(bank.dtype)
-            return jax.lax.dynamic_update_slice(bank, mine[None, None], (layer, group, 0, 0, 0))
+            mine = whole.at[place].get(mode="fill", fill_value=0)
+            start = (layer, group, *[0] * (bank.ndim - 2))
+            return jax.lax.dynamic_update_slice(bank, mine[None, None], start)
 
         return jax.lax.fori_loop(0, new.shape[0], one, bank)
 
