@@ -27,7 +27,7 @@ from oel_jax.planner.workload import Layout, Slots, Workload
 
 # Key heads and their width: Qwen3, Llama-3.2, and SmolLM2, whose heads fill no tile of a TPU.
 HEADS = {"qwen3": (2, 128), "llama": (8, 64), "smollm2": (3, 64)}
-SLOTS, LENGTH, KNOWLEDGE, LAYERS = 32, 16_384, 1088, 5
+SLOTS, LENGTH, KNOWLEDGE, LAYERS = 32, 16_384, 17_408, 5
 PROGRAMS = (
     "prefill, play with knowledge",
     "decode, play with knowledge",
@@ -52,7 +52,7 @@ _IN_PLACE = {
     "optimization-barrier",
 }
 # Layers are collected in an array that is made for them.
-_COLLECTS = {"broadcast", "copy"}
+_COLLECTS = {"broadcast", "copy", "custom-call"}
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ def _others(a: Arrays, state) -> dict:
     }
 
 
-def look(mesh: jax.sharding.Mesh, dtype: str, heads: str) -> list[Found]:
-    """All programs that are given a cache or make one, compiled for a mesh."""
+def look(
+    mesh: jax.sharding.Mesh, dtype: str, heads: str, names: tuple[str, ...] = PROGRAMS
+) -> list[Found]:
+    """The programs that are given a cache or make one, compiled for a mesh."""
     config, cfg = default(), model(heads)
     config.model.dtype, config.loss.chunk = dtype, 64
     slots = Slots(SLOTS, 8, length=LENGTH, response=64, lanes=1, shared=KNOWLEDGE, chunk=64)
@@ -135,7 +137,7 @@ def look(mesh: jax.sharding.Mesh, dtype: str, heads: str) -> list[Found]:
     with jax.set_mesh(mesh):
         arrays = Arrays(config, cfg, Layout(mesh, mesh, 1), work)
         state = arrays.state(cfg, slots)
-        made = {one.name: one.lower for one in programs(arrays) if one.name in PROGRAMS}
+        made = {one.name: one.lower for one in programs(arrays) if one.name in names}
         made |= _others(arrays, state)
         return [_found(name, lower, arrays, state) for name, lower in made.items()]
 

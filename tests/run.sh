@@ -18,4 +18,21 @@ if ! "$python" -c 'import importlib.util as u; exit(u.find_spec("torch") is None
     "are skipped. To run them: .venv/bin/pip install torch"
 fi
 
+# Some tests read what the compilers of GPUs and TPUs make of our programs; no such device is needed.
+# They are kept apart: JAX would look for the devices in every run. About 600 MB, once.
+version=$("$python" -c 'import jax; print(jax.__version__)')
+want="$version $(fingerprint requirements-plan.txt)"
+if [ "$want" != "$(cat .venv/installed-compilers 2>/dev/null)" ]; then
+  echo "Installing the compilers of requirements-plan.txt in .venv/compilers"
+  rm -rf .venv/compilers
+  if "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target .venv/compilers "$(sed -n 's/^\(libtpu[^ ]*\).*/\1/p' requirements-plan.txt)" \
+    "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version" >/dev/null 2>&1; then
+    echo "$want" >.venv/installed-compilers
+  else
+    rm -rf .venv/compilers
+    echo "tests/run.sh: pip cannot install them, so the tests that compile for a GPU or TPU are skipped"
+  fi
+fi
+
 exec "$python" -m pytest "$@"

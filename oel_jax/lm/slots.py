@@ -309,7 +309,7 @@ def admit(state: SlotState, new: Admission) -> SlotState:
 def _copy_row(row: Array, source: Array, target: Array, width: int, leaf: Array) -> Array:
     """[:, source[row], :width] to target[row], which may lie outside: then nothing changes."""
     rest = [0] * (leaf.ndim - 3)
-    size = (leaf.shape[0], 1, width, *leaf.shape[3:])
+    size = (leaf.shape[0], 1, min(width, leaf.shape[2]), *leaf.shape[3:])
     places = [(0, jnp.minimum(slot[row], leaf.shape[1] - 1), 0, *rest) for slot in (source, target)]
     new, old = (jax.lax.dynamic_slice(leaf, place, size) for place in places)
     new = jnp.where(target[row] < leaf.shape[1], new, old)
