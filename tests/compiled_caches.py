@@ -156,17 +156,18 @@ def _found(name: str, lower, arrays: Arrays, state) -> Found:
 
 
 def main(target: str) -> None:
-    """Print what is found for all dtypes, heads and meshes of a target."""
-    devices = list(find(target).devices)
+    """Print what is found for both dtypes and all heads on a target."""
+    found_target = find(target)
+    devices = list(found_target.devices)
     if not devices:
-        sys.exit(find(target).why)
+        sys.exit(f"{target} cannot be compiled for: {found_target.why}")
     found = []
-    for dtype in ("float32", "bfloat16"):
-        for heads, (kv_heads, _) in HEADS.items():
-            tp = 2 if len(devices) > 1 and kv_heads % 2 == 0 else 1
-            mesh = make_mesh(len(devices) // tp, tp, devices)
-            for one in look(mesh, dtype, heads):
-                found.append([dtype, heads, one.program, one.temporary, one.cache, one.changes])
+    for dtype, heads in (("float32", "qwen3"), *(("bfloat16", heads) for heads in HEADS)):
+        tp = 2 if len(devices) > 1 and HEADS[heads][0] % 2 == 0 else 1
+        mesh = make_mesh(len(devices) // tp, tp, devices)
+        names = PROGRAMS if (dtype, heads) == ("bfloat16", "qwen3") else PROGRAMS[:3]
+        for one in look(mesh, dtype, heads, names):
+            found.append([dtype, heads, one.program, one.temporary, one.cache, one.changes])
     print(json.dumps(found))
 
 

@@ -49,7 +49,7 @@ def _bitcast(values: Array, dtype: Any) -> Array:
 
 def to_stored(values: Array) -> Array:
     """Keys or values as they are stored on the platform of the program that is being traced."""
-    return _bitcast(values, stored_dtype(values.dtype, _platform()))
+    return _in_order(_bitcast(values, stored_dtype(values.dtype, _platform())))
 
 
 def from_stored(values: Array) -> Array:
@@ -101,7 +101,7 @@ def read_block(
 
 
 def _in_order(block: Array) -> Array:
-    """A block in the layout it is stored in: its reader can then not change that of the store."""
+    """A block in the layout it is stored in: who reads or writes it cannot change the store's."""
     if _platform() not in _GPU:
         return block
     return with_layout_constraint(block, Layout(major_to_minor=tuple(range(block.ndim))))
