@@ -36,7 +36,9 @@ PROGRAMS = (
 )
 
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b[a-z]\w*\[([\d,]*)\](\{[^}]*\})?")
+# A TPU's compiler may fetch a bank that fits there once, to read it from there many times.
+_ON_CHIP = "S(1)"
 # What works in place, or is no work at all. A fusion is judged by the instructions in it.
 _IN_PLACE = {
     "parameter",
@@ -104,7 +106,9 @@ def changes(text: str, caches: list[tuple[int, ...]], allowed: set[str]) -> list
         match = _INSTRUCTION.match(line)
         if match is None or match[2] in allowed:
             continue
-        for dims in _ARRAY.findall(match[1]):
+        for dims, layout in _ARRAY.findall(match[1]):
+            if _ON_CHIP in layout:
+                continue
             shape = [int(n) for n in dims.split(",") if n]
             if math.prod(shape) > largest or sorted(n for n in shape if n > 1) in shapes:
                 found.append(f"{match[2]} {match[1]}")
