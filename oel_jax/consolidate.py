@@ -248,9 +248,7 @@ def _export_adapter(this: _Round, student: _Student) -> Path:
     if processes.is_first() and directory.exists():
         shutil.rmtree(directory)
     base, lora = run.policy_directory(this.number), Lora.of(run.config.lora)
-    commit = hub.revision(base)
-    name = run.config.model.path if commit else str(base.absolute())
-    cfg = this.teacher.model.cfg
+    cfg, (name, commit) = this.teacher.model.cfg, hub.lasting_name(run.config.model.path, base)
     save_adapter(directory, cfg, student.params, lora, base=name, revision=commit)
     return directory
 

@@ -168,6 +168,25 @@ def test_a_model_is_fetched_once(served, model, tmp_path):
     assert served.asked["model-00001-of-00002.safetensors"] == before == 1
 
 
+def test_names_that_are_found_from_any_directory(tmp_path, monkeypatch):
+    """What an adapter calls its base; PEFT would ask the hub for a relative path."""
+    from oel_jax import nano
+    from oel_jax.lm.huggingface import resolve
+    from oel_jax.lm.language_model import bundled
+
+    snapshot = tmp_path / "models--own--model" / "snapshots" / COMMIT
+    assert hub.lasting_name("own/model", snapshot) == ("own/model", COMMIT)
+    assert hub.lasting_name(str(snapshot), snapshot) == (str(snapshot), None)
+    tiny = str(nano.model_dir("tiny").absolute())
+    assert hub.lasting_name("nano:tiny", resolve(bundled("nano:tiny"))) == (tiny, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "round_001" / "policy").mkdir(parents=True)
+    policy = tmp_path / "round_001" / "policy"
+    relative = "round_001/policy"
+    assert hub.lasting_name(relative, resolve(relative)) == (str(policy), None)
+    assert hub.lasting_name("own/model", Path(relative)) == (str(policy), None)
+
+
 SHARD = "model-00002-of-00002.safetensors"
 
 

@@ -34,6 +34,19 @@ def revision(directory: Path) -> str | None:
     return name if directory.parent.name == "snapshots" and _SNAPSHOT.fullmatch(name) else None
 
 
+def lasting_name(text: str, directory: Path) -> tuple[str, str | None]:
+    """(name, commit) by which a model is found from any directory.
+
+    Args:
+      text: what a user called it.
+      directory: where it is: of the hub id `text` if `fetch` returned it, else of its own.
+
+    Returns: the hub id and its commit, or the absolute path and None.
+    """
+    commit = revision(directory) if is_id(text) else None
+    return (text, commit) if commit else (str(directory.absolute()), None)
+
+
 @cache
 def fetched(repository: str, files: tuple[str, ...]) -> Path:
     """`fetch`, once in a process: a run keeps to one commit and asks the hub only at its start."""
