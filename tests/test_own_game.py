@@ -127,7 +127,7 @@ def test_knowledge_goes_in_and_comes_out_with_every_wrapper(wrapper):
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(tmp_path):
-    config = tiny_config(sampler__max_prompt=20, mesh__fsdp=-1)
-    with pytest.raises(UserError, match=r"max_prompt is 20, but the first prompt of frozen_lake"):
+    config = tiny_config(sampler__max_prompt=4, mesh__fsdp=-1)
+    with pytest.raises(UserError, match=r"max_prompt is 4, but the first prompt of frozen_lake"):
         oel_main.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
