@@ -31,6 +31,7 @@ from oel_jax.distill.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.distill.divergence import divergence_and_gradient
 from oel_jax.parallel import vocabulary as vocab
 from oel_jax.parallel.mesh import all_rows, parts
+from oel_jax.parallel.sums import rounded
 from oel_jax.parallel.vocabulary import LogSoftmax
 
 
@@ -253,7 +254,7 @@ def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sample
         grad = _logit_gradient(cfg, z.shape, weight, found).astype(h_s.dtype)
         grad = vocab.split_rows(grad)
         d_hidden = jnp.einsum("cv,vd->cd", grad, w_s, preferred_element_type=jnp.float32)
-        d_hidden = vocab.summed_rows(d_hidden).astype(h_s.dtype)
+        d_hidden = rounded(vocab.summed_rows(d_hidden), h_s.dtype)
         learned = jnp.where(all_rows(chunk.weight)[:, None] == 0, 0, hidden)  # 0 x NaN is NaN
         return _add_outer(d_matrix, grad, learned), (stats, d_hidden)
 
@@ -265,7 +266,7 @@ def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sample
     if not with_grad:
         return loss, stats
     d_hidden = d_hidden.reshape(-1, h_s.shape[1])[:count]
-    return loss, stats, d_hidden, vocab.unspread(d_matrix.astype(w_s.dtype), rows)
+    return loss, stats, d_hidden, vocab.unspread(rounded(d_matrix, w_s.dtype), rows)
 
 
 def _run(cfg: KLConfig, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
