@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_caches import PROGRAMS, Found, changes, look, model
+from jax.sharding import AbstractMesh
 
-from oel_jax.lm import prefix, slots
+from oel_jax.lm import cache_storage, prefix, slots
 from oel_jax.lm.cache_storage import (
     as_heads,
     as_stored_in,
@@ -52,14 +53,6 @@ def test_values_come_back_to_the_bit():
     np.testing.assert_array_equal(bits_of(from_stored(stored)), bits_of(values))
 
 
-class _Tpu:
-    """Just what `stored_shape` asks of a mesh: there is no TPU here."""
-
-    def __init__(self, tp: int):
-        self.devices = np.array([type("Device", (), {"platform": "tpu"})()])
-        self.shape = {"fsdp": 1, "tp": tp}
-
-
 @pytest.mark.parametrize(
     "kv_heads, head_dim, tp, expected",
     [
@@ -70,12 +63,15 @@ class _Tpu:
         (4, 80, 2, (512,)),
     ],
 )
-def test_heads_fill_tiles_of_a_tpu(kv_heads, head_dim, tp, expected):
-    assert stored_shape(kv_heads, head_dim, _Tpu(tp)) == expected
+def test_heads_fill_tiles_of_a_tpu(kv_heads, head_dim, tp, expected, monkeypatch):
+    shape = AbstractMesh((1, tp), ("fsdp", "tp"))
+    assert stored_shape(kv_heads, head_dim, shape) == (kv_heads, head_dim)  # a plan by hand
     assert stored_shape(kv_heads, head_dim, make_mesh(1, 1, jax.devices()[:1])) == (
         kv_heads,
         head_dim,
     )
+    monkeypatch.setattr(cache_storage, "platform_of", lambda mesh: "tpu")
+    assert stored_shape(kv_heads, head_dim, shape) == expected
 
 
 def test_a_padded_store_gives_the_heads_back():

@@ -31,10 +31,15 @@ _TILE = 128
 _GPU = ("gpu", "cuda", "rocm")
 
 
+def platform_of(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+    """'cpu', 'gpu' or 'tpu'; '' where a mesh is only a shape, as in a plan by hand."""
+    device = mesh.abstract_mesh.abstract_device
+    return device.platform if device is not None else ""
+
+
 def _platform() -> str:
-    """'cpu', 'gpu' ('cuda', 'rocm') or 'tpu': what the program that is being traced will run on."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
+    """What the program that is being traced will run on."""
+    return platform_of(jax.sharding.get_abstract_mesh()) or jax.default_backend()
 
 
 def stored_dtype(dtype: Any, platform: str) -> jnp.dtype:
@@ -60,7 +65,7 @@ def from_stored(values: Array) -> Array:
 
 def stored_shape(kv_heads: int, head_dim: int, mesh: jax.sharding.Mesh) -> tuple[int, ...]:
     """The last dimensions of a store: heads and their width, or both as one padded dimension."""
-    if mesh.devices.flat[0].platform != "tpu" or head_dim % _TILE == 0:
+    if platform_of(mesh) != "tpu" or head_dim % _TILE == 0:
         return kv_heads, head_dim
     devices = mesh.shape["tp"]
     width = kv_heads // devices * head_dim  # of one device

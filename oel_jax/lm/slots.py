@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from oel_jax.lm.cache_storage import as_stored_in, from_stored, stored_dtype, stored_shape
+from oel_jax.lm.cache_storage import (
+    as_stored_in,
+    from_stored,
+    platform_of,
+    stored_dtype,
+    stored_shape,
+)
 from oel_jax.lm.cached_attention import cached_attention
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.draft import kept, propose
@@ -129,7 +135,7 @@ def abstract_state(
     devices = mesh.shape["fsdp"]
     shared += -shared % (devices * cache_block(-(-shared // devices)))
     heads = stored_shape(cfg.num_kv_heads, cfg.head_dim, mesh)
-    stored = stored_dtype(dtype, mesh.devices.flat[0].platform)
+    stored = stored_dtype(dtype, platform_of(mesh))
     rows, wide = spec("batch"), spec("batch", None)
 
     def array(where: P, kind, *shape: int) -> jax.ShapeDtypeStruct:

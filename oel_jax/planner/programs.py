@@ -21,7 +21,7 @@ from oel_jax.distill.offload import HOST, parts
 from oel_jax.distill.optimizer import optimizer
 from oel_jax.distill.packing import MicroBatch, Shape, View
 from oel_jax.distill.step import accumulate, cast, sensitivity, update
-from oel_jax.lm.cache_storage import stored_dtype
+from oel_jax.lm.cache_storage import platform_of, stored_dtype
 from oel_jax.lm.config import ModelConfig
 from oel_jax.lm.language_model import DTYPES
 from oel_jax.lm.model import KeyValues, abstract_params, param_shardings
@@ -169,7 +169,7 @@ class Arrays:
         cfg, mesh = self.cfg, self.layout.mesh
         width = self.work.knowledge + -self.work.knowledge % mesh.shape["fsdp"]  # as encode_prefix
         shape = (cfg.num_layers, cfg.num_kv_heads, width, cfg.head_dim)
-        stored = stored_dtype(self.dtype, mesh.devices.flat[0].platform)
+        stored = stored_dtype(self.dtype, platform_of(mesh))
         side = jax.ShapeDtypeStruct(shape, stored, sharding=jax.NamedSharding(mesh, PREFIX))
         return KeyValues(side, side)
 
