@@ -86,8 +86,9 @@ create() {  # until there is capacity; any other failure ends the script
   fi
   while [ "$attempt" -le "$attempts" ]; do
     created=1  # also if it fails half-way: then there is something to delete
-    if tpu create "$name" --accelerator-type="$TYPE" --version="$VERSION" ${SPOT:+--spot} \
-      2> >(tee "$scratch/create" >&2); then
+    # A pipe, whose end is waited for: the message is read right after it.
+    if { tpu create "$name" --accelerator-type="$TYPE" --version="$VERSION" ${SPOT:+--spot} \
+      2>&1 >&3 | tee "$scratch/create" >&2; } 3>&1; then
       return
     fi
     if ! grep -qiE 'no more capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|internal error' "$scratch/create" ||

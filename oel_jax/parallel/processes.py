@@ -273,10 +273,13 @@ class StopTogether:
     Messages are lines of one file in the workdir, since a process that hangs in a collective hears
     nothing else. Everybody opens and reads it every second, which shows what is new on NFS too. A
     process that dies without a word is noticed by JAX's heartbeats within a minute.
+
+    Process 0 ends last: JAX aborts the others as soon as it is gone. Each says that it goes.
     """
 
     def __init__(self, workdir: Path):
         self._file = workdir / ".messages"
+        self._ending = threading.Lock()  # whoever takes it ends this process, with its status
         if count() > 1:
             workdir.mkdir(parents=True, exist_ok=True)
             first_does("no old messages", lambda: self._file.write_bytes(b""))
@@ -284,10 +287,27 @@ class StopTogether:
 
     def tell(self, message: str, status: int) -> None:
         """Say why this process ends with `status`, and give the others time to hear it."""
-        if count() > 1:
-            self._write({"status": status, "message": message})
-            # Process 0 goes last: the runtime of the others ends badly once it is gone.
-            time.sleep(8 if is_first() else 4)
+        if count() == 1:
+            return
+        if not self._ending.acquire(blocking=False):
+            time.sleep(60)  # another thread ends this process meanwhile
+            return
+        self._write({"status": status, "message": message})
+        self._go()
+
+    def _go(self, seconds: float = 4.0) -> None:
+        """Give the others time to hear the last message; process 0 waits until they are gone."""
+        if not is_first():
+            time.sleep(seconds)
+            self._write({"gone": True})
+            return
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            said = [self._read(line) for line in self._lines()]
+            if len({each["process"] for each in said if "gone" in each}) >= count() - 1:
+                time.sleep(0.5)  # they have said that they go
+                return
+            time.sleep(0.2)
 
     def pass_on(self, number: int) -> None:
         """Say that this process was told to stop by signal `number`."""
@@ -306,27 +326,35 @@ class StopTogether:
         heard: set[bytes] = set()
         while True:
             time.sleep(1)
-            try:
-                lines = self._file.read_bytes().split(b"\n")[:-1]  # the last one may be half there
-            except OSError:
-                continue
-            for line in lines:
-                if line and line not in heard:
+            for line in self._lines():
+                if line not in heard:
                     heard.add(line)
-                    self._obey(line)
+                    self._obey(self._read(line))
 
-    def _obey(self, line: bytes) -> None:
+    def _lines(self) -> list[bytes]:
         try:
-            said = json.loads(line)
+            lines = self._file.read_bytes().split(b"\n")[:-1]  # the last one may be half there
+        except OSError:
+            return []
+        return [line for line in lines if line]
+
+    @staticmethod
+    def _read(line: bytes) -> dict[str, Any]:
+        try:
+            return json.loads(line)
         except ValueError:  # two hosts wrote at the same time; they say it again
-            return
-        if said["process"] == index():
+            return {"process": None}
+
+    def _obey(self, said: Mapping[str, Any]) -> None:
+        if said["process"] in (index(), None):
             return
         if "notice" in said:
             preemption.notice(said["notice"])
+        if "status" not in said or not self._ending.acquire(blocking=False):
             return
         message = f"stopped, since process {said['process']} did: {said['message']}"
         print(message, file=sys.stderr, flush=True)
+        self._go(0.0)
         os._exit(int(said["status"]))  # the main thread may hang in a collective
 
 
