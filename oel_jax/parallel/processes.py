@@ -305,7 +305,7 @@ class StopTogether:
         while time.monotonic() < end:
             said = [self._read(line) for line in self._lines()]
             if len({each["process"] for each in said if "gone" in each}) >= count() - 1:
-                time.sleep(0.5)  # they have said that they go
+                time.sleep(2)  # they have said that they go, and do
                 return
             time.sleep(0.2)
 
@@ -341,9 +341,10 @@ class StopTogether:
     @staticmethod
     def _read(line: bytes) -> dict[str, Any]:
         try:
-            return json.loads(line)
+            said = json.loads(line)
         except ValueError:  # two hosts wrote at the same time; they say it again
-            return {"process": None}
+            said = None
+        return said if isinstance(said, dict) and "process" in said else {"process": None}
 
     def _obey(self, said: Mapping[str, Any]) -> None:
         if said["process"] in (index(), None):
