@@ -165,21 +165,31 @@ def test_a_process_that_dies_stops_the_others(tmp_path):
     assert status not in (0, None, -signal.SIGKILL), output
 
 
-def test_notice_to_one_process_saves_and_stops_both(tmp_path):
-    workdir = tmp_path / "run"
-    changes = {"consolidate__steps": 400, "consolidate__save_every": 1000}
-    started = start(workdir, 2, 2, **changes)
-    deadline = time.monotonic() + 250
-    metrics = workdir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if metrics.exists() and '"stage": "consolidate"' in metrics.read_text():
-            break
-        time.sleep(0.2)
-    started[1][0].send_signal(signal.SIGTERM)
-    results = end(started, timeout=120)
+# Process 1 is told to stop in the second update.
+NOTICED = """
+import os, runpy, signal
+import jax
+from oel_jax import consolidate
+update, calls = consolidate.update, []
+def noticed(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(*args, **kwargs)
+consolidate.update = noticed
+runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_notice_to_one_process_saves_and_stops_both(alone, tmp_path):
+    workdir = copy_of(alone, tmp_path / "run", "consolidate", "evaluate")
+    only = ("--stages=consolidate", "--allow_config_change")
+    changes = {"consolidate__save_every": 1000}
+    results = end(start(workdir, 2, DEVICES, *only, code=NOTICED, **changes))
     assert [status for status, _ in results] == [75, 75], results
-    saved = [int(path.name) for path in (workdir / "round_001" / "consolidate").iterdir()]
-    assert len(saved) == 1 and 1 <= saved[0] < 400
+    (saved,) = (workdir / "round_001" / "consolidate").iterdir()
+    assert saved.name in ("2", "3")  # 3 only where the notice was heard late
+    assert any(f"optimizer step {saved.name} of 3 is kept" in output for _, output in results)
 
 
 # Only process 0 may read the metrics; both die in the third update.
