@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def start(command: Sequence[str], output: int) -> int:
-    """The command in a session of its own, so that the terminal's Ctrl-C comes here alone.
+    """The command in its own session, so that the terminal's Ctrl-C comes here alone.
 
     Returns its process number; it begins with the signals as they were before they were blocked.
     """
@@ -104,7 +104,7 @@ def watched(child: int) -> tuple[int, bool]:
 
 
 def copied(source: int, places: list[int]) -> None:
-    """Copy until everybody has closed the other end; where nobody listens, the rest goes on."""
+    """Copy until everybody has closed the other end; where nobody listens, the others still get it."""
     while data := os.read(source, 1 << 16):
         for place in list(places):
             try:

@@ -181,7 +181,7 @@ def _watch(socket_: socket.socket) -> None:
 
 
 def _heard(number: int) -> str:
-    """What is said at once, while the work goes on to its next safe place."""
+    """What is said at once, while the work continues to its next safe place."""
     again = "; a second Ctrl-C stops at once" if number == signal.SIGINT else ""
     return f"{_NAMES[signal.Signals(number)]}: stopping at the next safe place{again}"
 

@@ -141,7 +141,7 @@ def test_a_notice_saves_the_step_and_the_run_goes_on_the_same(
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     config = tiny_config(consolidate__save_every=save_every)
     owner, name, call, kept = PLACES[place]
-    if not call:  # in the second step: behind the micro-batches of the first one
+    if not call:  # in the second step: after the micro-batches of the first one
         rows = [r for r in read(finished_run / "metrics.jsonl") if r["stage"] == "consolidate"]
         call = int(rows[0]["values"]["micro_batches"]) + 1
     noticed_in(monkeypatch, owner, name, call)

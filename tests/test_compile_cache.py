@@ -1,4 +1,4 @@
-"""The cache of compiled programs, in processes of its own: what is damaged is replaced once."""
+"""The cache of compiled programs, in separate processes: what is damaged is replaced once."""
 
 import os
 import subprocess

@@ -53,7 +53,7 @@ def test_a_wrong_file_is_one_message_everywhere(tmp_path, text, capsys):
     message = str(caught.value)
     assert plan([f"--config={file}", "--target=cpu:8"]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
-    # A process of its own, since absl's flags keep what they were given; with a changed field,
+    # A separate process, since absl's flags keep what they were given; with a changed field,
     # which is set in what the file returned.
     flags = [f"--config={file}", f"--workdir={tmp_path / 'W'}", "--config.rounds=2"]
     command = [sys.executable, "-m", "oel_jax.main", *flags]

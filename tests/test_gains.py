@@ -1,4 +1,4 @@
-"""Gain in context beside the gain after consolidation, and how far they are from each other."""
+"""Gain in context next to the gain after consolidation, and how far they are from each other."""
 
 import numpy as np
 import pytest

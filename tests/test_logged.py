@@ -37,7 +37,7 @@ def test_a_signal_reaches_the_command_once_and_its_end_is_waited_for(number, tmp
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert [process.stdout.readline() for _ in range(2)] == ["saving\n", "once\n"]
-    process.send_signal(number)  # some send it twice; the wait goes on all the same
+    process.send_signal(number)  # some send it twice; it still waits
     rest = process.stdout.read()
     assert process.wait(60) == 75
     assert rest == f"more {number.name}\nsaved \n"

@@ -115,7 +115,7 @@ class _Prompt:
     """A prompt up to its last control token, as ids, and the plain text behind that.
 
     Attributes:
-      first: the plain text begins a text of its own, no control token of a template before it.
+      first: the plain text begins its own text: no control token of a template before it.
       opened: the prompt ends inside a thought, which the chat template has begun.
     """
 

@@ -39,7 +39,7 @@ def lasting_name(text: str, directory: Path) -> tuple[str, str | None]:
 
     Args:
       text: what a user called it.
-      directory: where it is: of the hub id `text` if `fetch` returned it, else of its own.
+      directory: where it is: of the hub id `text` if `fetch` returned it, else its own.
 
     Returns: the hub id and its commit, or the absolute path and None.
     """

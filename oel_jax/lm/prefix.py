@@ -73,7 +73,7 @@ def encode_rows(cfg, params: Params, tokens, positions, segments, *, block: int)
 
 
 def _own_positions(side: Float[Array, "B K T H"]) -> Float[Array, "K T H"]:
-    """Of rows that are all the same, each device keeps its part of the positions of its own row.
+    """Of rows that are all the same, each device keeps its part of the positions of the one it has.
 
     They are kept as they are stored, so that collecting the layers converts nothing.
     """

@@ -108,7 +108,7 @@ class Admission:
     budget: Int[Array, " R"]
 
 
-# Heads are split over 'tp', whether or not their width is a dimension of its own (`stored_shape`).
+# Heads are split over 'tp', whether or not their width is a separate dimension (`stored_shape`).
 _CACHE = P(None, "fsdp", None, "tp")
 _BANK = spec(None, None, "prefix", "kv_heads")
 

@@ -90,7 +90,7 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A scope of its own, as in transformers: what is set inside is not seen outside.
+        # A separate scope, as in transformers: what is set inside is not seen outside.
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 

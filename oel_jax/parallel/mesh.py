@@ -44,7 +44,7 @@ def all_devices() -> list[jax.Device]:
     Raises:
       UserError: JAX cannot start on the platform that it is to use.
     """
-    # A plugin that fails is logged with its whole traceback; then JAX goes on to the next platform.
+    # A plugin that fails is logged with its whole traceback; then JAX tries the next platform.
     logger, kept = logging.getLogger("jax._src.xla_bridge"), _Kept()
     before, logger.propagate = logger.propagate, False
     logger.addHandler(kept)

@@ -318,7 +318,7 @@ class StopTogether:
         line = json.dumps({"process": index(), **said}).encode() + b"\n"
         for _ in range(5):  # on NFS a line that another host appends at the same time may win
             with self._file.open("ab") as file:
-                file.write(b"\n" + line)  # a line of its own also after half of another
+                file.write(b"\n" + line)  # on its own line, also after half of another
             if line in self._file.read_bytes():
                 return
 

@@ -26,7 +26,7 @@ def summed_over_rows(total: Float[Array, "..."], split: int | None) -> Float[Arr
 def rounded(total: Float[Array, "..."], dtype: jnp.dtype) -> Array:
     """A float32 sum in the dtype of what it belongs to.
 
-    Rounded by an operation of its own: for a TPU, XLA would otherwise sum over the devices in the
+    Rounded by a separate operation: for a TPU, XLA would otherwise sum over the devices in the
     dtype of the conversion that follows.
     """
     if dtype == jnp.bfloat16:

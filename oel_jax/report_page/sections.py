@@ -143,7 +143,7 @@ def results(run: RunData) -> str:
 
 
 def _both_gains(run: RunData) -> str:
-    """The gain in context beside the gain after consolidation, round by round."""
+    """The gain in context next to the gain after consolidation, round by round."""
     if not any(one["in_context"] for one in run.gains):
         return ""
     rows = []
