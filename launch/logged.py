@@ -104,7 +104,7 @@ def watched(child: int) -> tuple[int, bool]:
 
 
 def copied(source: int, places: list[int]) -> None:
-    """Copy until everybody has closed the other end; where nobody listens, the others still get it."""
+    """Copy until the other end is closed; a place where nobody listens is left out."""
     while data := os.read(source, 1 << 16):
         for place in list(places):
             try:
