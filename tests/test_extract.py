@@ -45,9 +45,9 @@ def asked(monkeypatch):
     prompts = []
     generate = Sampler.generate
 
-    def recording(self, params, requests):
+    def recording(self, params, requests, *rest):
         prompts.extend(request.prompt for request in requests)
-        return generate(self, params, requests)
+        return generate(self, params, requests, *rest)
 
     monkeypatch.setattr(Sampler, "generate", recording)
     return prompts
