@@ -46,7 +46,7 @@ SHORT = {
 }
 
 # What the clock writes, or what is there for a resumption alone.
-_OF_THE_CLOCK = ("seconds", "time", "at", "created_at", "finished_at")
+_OF_THE_CLOCK = ("seconds", "time", "at", "created_at", "finished_at", "today")
 _NOT_COMPARED = ("report.html", ".lock", "tensorboard", "consolidate", "logs")
 
 
