@@ -94,7 +94,7 @@ def control(request):
 def test_the_sound_run_rises(sound):
     assert rise(sound) >= RISE and rise(sound, "in_context") >= RISE
     assert steps(sound, "kl")[0] > 0.1 and min(steps(sound, "mass_topk")) > 0.99
-    assert read_json(sound / "summary.json").keys() == {"start", "rounds"}
+    assert read_json(sound / "summary.json").keys() == {"start", "rounds", "gain_error"}
 
 
 def test_a_broken_run_does_not_rise(sound, tmp_path, control, monkeypatch, capsys):
