@@ -1,6 +1,7 @@
 """Games against the golden data of TextArena, and against exact values (spec 3, 4, 6.1, 16)."""
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -343,9 +344,10 @@ def test_models_know_blocked_boxes_goals_under_the_player_and_hopeless_boards():
 def docstring_game():
     """The class that the protocol's docstring shows, executed as it stands there."""
     text = games.protocol.__doc__
-    code = text[text.index("    from oel_jax") : text.index("Source:")]
+    lines = iter(text[text.index("    from oel_jax") :].split("\n"))
+    code = itertools.takewhile(lambda line: not line or line.startswith("    "), lines)
     scope = {}
-    exec("\n".join(line[4:] for line in code.split("\n")), scope)
+    exec("\n".join(line[4:] for line in code), scope)
     return scope["GuessTheSide"]
 
 

@@ -15,6 +15,15 @@ from oel_jax.workdir import read_json
 GUESS = Path(__file__).parent / "guess_game.py"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def same_games_afterwards():
+    """Other tests know only the games that come with the package."""
+    before = dict(games._factories)
+    yield
+    games._factories.clear()
+    games._factories.update(before)
+
+
 def guess_config(**changes):
     fields = {
         "game__name": "guess",
