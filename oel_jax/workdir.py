@@ -403,8 +403,11 @@ class Workdir:
         """When the run was started, in local time there: what chat templates show as the date.
 
         All prompts of a run have this one date, on whatever day and host they are made. Runs of
-        older versions did not record it; theirs is the day on which the manifest was created.
+        older versions did not record it; theirs is the day on which the manifest was created. Where
+        no run was started (a scratch directory, as in notebooks) it is now.
         """
+        if not self.manifest_file.exists():
+            return datetime.datetime.now()
         manifest = self._read_manifest()
         try:
             if "today" in manifest:
