@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.lm.attention import attention, key_tile, reach
+from oel_jax.models.attention import attention, key_tile, reach
 
 QUERIES = 256  # of a tile: config.model.attention_block
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.model import abstract_params
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.decoder import abstract_params
 
 
 class Rates(NamedTuple):

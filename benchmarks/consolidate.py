@@ -29,17 +29,17 @@ from benchmarks.bounds import head_flops, parameters, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.distill.aggregation import sample_weights
-from oel_jax.distill.memory import used
 from oel_jax.distill.optimizer import optimizer
 from oel_jax.distill.packing import Sample, Shape, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.errors import UserError
-from oel_jax.lm.language_model import LanguageModel, load_model
-from oel_jax.lm.model import KeyValues, Prefix, forward
-from oel_jax.lm.prefix import encode_prefix, padded_length
+from oel_jax.learner.memory import used
+from oel_jax.models.decoder import KeyValues, Prefix, forward
+from oel_jax.models.language_model import LanguageModel, load_model
+from oel_jax.models.shared_prefix import encode_prefix, padded_length
 from oel_jax.parallel.mesh import put_batch
-from oel_jax.profiling import compile_seconds
+from oel_jax.runs.profiling import compile_seconds
 
 TOP_K, TEMPERATURE, RATE = 256, 0.7, 1e-6
 
@@ -69,7 +69,7 @@ def work(options, vocabulary: int) -> Work:
 
 
 class Ours:
-    """The step as `oel_jax.consolidate` makes it."""
+    """The step as `oel_jax.learner.consolidate` makes it."""
 
     def __init__(self, model: LanguageModel, given: Work, budget: int, remat: str):
         self.model, self.given, self.budget = model, given, budget

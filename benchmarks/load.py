@@ -28,13 +28,13 @@ import numpy as np
 from benchmarks import side_by_side
 from benchmarks.models import SHAPES, hf_config
 from benchmarks.side_by_side import Bar, finish
-from oel_jax import paths
 from oel_jax.errors import UserError
-from oel_jax.lm import safetensors_io
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.huggingface import load_params
-from oel_jax.lm.safetensors_io import split_by_size
-from oel_jax.lm.weight_table import Layout, weights
+from oel_jax.machine import paths
+from oel_jax.models import safetensors_io
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.huggingface import load_params
+from oel_jax.models.safetensors_io import split_by_size
+from oel_jax.models.weight_table import Layout, weights
 from oel_jax.parallel.mesh import make_mesh
 
 DEVICES = 8

@@ -22,14 +22,15 @@ import ml_collections
 
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.config import as_json
-from oel_jax.deploy import deploy
+from oel_jax.actor.deploy import deploy
+from oel_jax.config.defaults import as_json
 from oel_jax.errors import UserError
-from oel_jax.extract import extract
-from oel_jax.metrics import Metrics, read
+from oel_jax.files import read_json
+from oel_jax.learner.extract import extract
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.run import Run
-from oel_jax.workdir import Workdir, read_json
+from oel_jax.runs.metrics import Metrics, read
+from oel_jax.runs.session import Run
+from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {"nano": "nano_frozen_lake", "nano_sokoban": "nano_sokoban"}

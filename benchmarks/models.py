@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from oel_jax.errors import UserError
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.huggingface import save_model
-from oel_jax.lm.model import init_params
-from oel_jax.planner import shapes
-from oel_jax.planner.shapes import KNOWN, Sizes
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.decoder import init_params
+from oel_jax.models.huggingface import save_model
+from oel_jax.plan import shapes
+from oel_jax.plan.shapes import KNOWN, Sizes
 
 # As `shapes.KNOWN`, by short names: 'qwen3_1p7b' and so on.
 SHAPES: dict[str, Sizes] = {

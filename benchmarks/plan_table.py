@@ -22,16 +22,16 @@ import jax
 import ml_collections
 
 from benchmarks.side_by_side import RESULTS, versions
-from oel_jax import paths
-from oel_jax.config_file import load_config
+from oel_jax.config.file import load_config
 from oel_jax.errors import UserError
-from oel_jax.plan import recommended
-from oel_jax.planner import report
-from oel_jax.planner.estimate import Plan
-from oel_jax.planner.search import candidates
-from oel_jax.planner.shapes import KNOWN, model_shape
-from oel_jax.planner.targets import Target, find
-from oel_jax.planner.workload import Assumptions
+from oel_jax.machine import paths
+from oel_jax.plan import report
+from oel_jax.plan.command import recommended
+from oel_jax.plan.estimate import Plan
+from oel_jax.plan.search import candidates
+from oel_jax.plan.shapes import KNOWN, model_shape
+from oel_jax.plan.targets import Target, find
+from oel_jax.plan.workload import Assumptions
 
 CONFIG = RESULTS.parent.parent / "configs" / "frozen_lake_qwen3_8b.py"
 MODELS = ("1.7B", "4B", "8B", "14B", "32B")
@@ -91,7 +91,9 @@ def main() -> int:
     )
     models = ",".join(f"Qwen/Qwen3-{size}" for size in MODELS)
     parser.add_argument("--models", default=models, help="hub ids, with commas between them")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="as --target of oel_jax.plan")
+    parser.add_argument(
+        "--targets", default=",".join(TARGETS), help="as --target of oel_jax.plan.command"
+    )
     parser.add_argument("--again", action="store_true", help="make cells again that are there")
     parser.add_argument(
         "--out", type=paths.argument, default=RESULTS, help="directory of the records"

@@ -19,14 +19,14 @@ from benchmarks import side_by_side
 from benchmarks.bounds import head_flops, parameters, position_bytes, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.distill.memory import used
 from oel_jax.errors import UserError
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.language_model import DTYPES, LanguageModel, load_model
-from oel_jax.lm.requests import Request, request_key
-from oel_jax.lm.sampler import Sampler
-from oel_jax.lm.sampling import Sampling
-from oel_jax.profiling import compile_seconds
+from oel_jax.learner.memory import used
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.language_model import DTYPES, LanguageModel, load_model
+from oel_jax.runs.profiling import compile_seconds
+from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.sampler import Sampler
+from oel_jax.sampler.sampling import Sampling
 
 OPENINGS, OPENING, STEP = 19, 160, 100  # a Frozen Lake board in Qwen3's tokens is about 90
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 
-from oel_jax import paths
-from oel_jax.metrics import table
+from oel_jax.machine import paths
+from oel_jax.runs.metrics import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

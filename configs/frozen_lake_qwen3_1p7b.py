@@ -11,8 +11,8 @@ teacher and AdamW need 27.5 GB.
 
 import ml_collections
 
-from oel_jax import config as oel_config
-from oel_jax.presets import apply_preset
+from oel_jax.config import defaults as oel_config
+from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:

@@ -14,8 +14,8 @@ Floor: random actions 1.69 %; ceiling: perfect play 100 %.
 
 import ml_collections
 
-from oel_jax import config as oel_config
-from oel_jax.presets import apply_preset
+from oel_jax.config import defaults as oel_config
+from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:

@@ -14,8 +14,8 @@ Run time: about 5 minutes on one CPU core, 4 GB of memory, after installation.
 
 import ml_collections
 
-from oel_jax import config as oel_config
-from oel_jax.presets import apply_preset
+from oel_jax.config import defaults as oel_config
+from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:

@@ -12,8 +12,8 @@ evaluation. Weights, teacher and AdamW need 64.3 GB; the KV of ten knowledge tex
 
 import ml_collections
 
-from oel_jax import config as oel_config
-from oel_jax.presets import apply_preset
+from oel_jax.config import defaults as oel_config
+from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:

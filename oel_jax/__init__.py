@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from typing import Any
 
 _PUBLIC = {
-    "LanguageModel": "oel_jax.lm.language_model",
-    "load_config": "oel_jax.config_file",
-    "load_model": "oel_jax.lm.language_model",
+    "LanguageModel": "oel_jax.models.language_model",
+    "load_config": "oel_jax.config.file",
+    "load_model": "oel_jax.models.language_model",
 }
 
 if sys.argv[:1] == ["-m"]:  # a command, whose module is about to be imported

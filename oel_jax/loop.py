@@ -19,21 +19,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oel_jax import negative_control, preemption, report
-from oel_jax.config import as_json, leaves
-from oel_jax.consolidate import consolidate
-from oel_jax.deploy import demonstrate, deploy
+from oel_jax.actor.deploy import demonstrate, deploy
+from oel_jax.actor.evaluate import evaluate
+from oel_jax.actor.preflight import heed, preflight
+from oel_jax.config import negative_control
+from oel_jax.config.defaults import as_json, leaves
 from oel_jax.errors import UserError
-from oel_jax.evaluate import evaluate
-from oel_jax.extract import extract
-from oel_jax.gains import gains, mean_error, sentence
-from oel_jax.metrics import duration, table
+from oel_jax.files import read_json, write_json
+from oel_jax.learner.consolidate import consolidate
+from oel_jax.learner.extract import extract
+from oel_jax.machine import preemption
+from oel_jax.nano.skills import evaluate_skills, keep_skilled
 from oel_jax.parallel import processes
-from oel_jax.preflight import heed, preflight
-from oel_jax.profiling import compile_seconds
-from oel_jax.run import Run
-from oel_jax.skills import evaluate_skills, keep_skilled
-from oel_jax.workdir import STAGES, read_json, samples_of, stages_of, write_json
+from oel_jax.report import page as report
+from oel_jax.report.gains import gains, mean_error, sentence
+from oel_jax.runs.metrics import duration, table
+from oel_jax.runs.profiling import compile_seconds
+from oel_jax.runs.session import Run
+from oel_jax.runs.workdir import STAGES, samples_of, stages_of
 
 # What must be finished in the same round before a stage can run.
 _NEEDS = {

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
-from oel_jax import preemption
+from oel_jax.machine import preemption
 
 if __name__ == "__main__":
     preemption.listen()  # before what takes time to import: a notice may come at once
@@ -27,10 +27,10 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from oel_jax import paths
-from oel_jax.config_file import check_config, existing, explain
+from oel_jax.config.file import check_config, existing, explain
 from oel_jax.errors import UserError
-from oel_jax.workdir import STAGES
+from oel_jax.machine import paths
+from oel_jax.runs.workdir import STAGES
 
 _FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
@@ -62,24 +62,24 @@ def run(
       UserError: anything the user can mend, naming the file or field.
     """
     # Checked before JAX or a model is loaded: a bad value must fail at once.
-    from oel_jax import games
-    from oel_jax.config import as_json, validate
+    from oel_jax import environments
+    from oel_jax.config.defaults import as_json, validate
 
-    remarks = validate(config, games=games.known(config.game))
+    remarks = validate(config, games=environments.known(config.game))
     if not stages or not set(stages) <= set(STAGES):
         raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(STAGES)}")
 
-    from oel_jax.deploy import check_first_prompts
-    from oel_jax.experience import check_other_run
-    from oel_jax.lm.tokenizer import load_tokenizer
+    from oel_jax.actor.deploy import check_first_prompts
+    from oel_jax.chat.tokenizer import load_tokenizer
+    from oel_jax.learner.contexts import check_other_run
     from oel_jax.loop import learn
-    from oel_jax.metrics import Metrics, NoMetrics
+    from oel_jax.nano.skills import check_skills
     from oel_jax.parallel import processes
     from oel_jax.parallel.mesh import host_mesh, make_mesh
-    from oel_jax.planner.auto import settle
-    from oel_jax.run import Run, check_model, keep_compiled, start_directory
-    from oel_jax.skills import check_skills
-    from oel_jax.workdir import Workdir
+    from oel_jax.plan.auto import settle
+    from oel_jax.runs.metrics import Metrics, NoMetrics
+    from oel_jax.runs.session import Run, check_model, keep_compiled, start_directory
+    from oel_jax.runs.workdir import Workdir
 
     keep_compiled(config.compilation_cache)
     config, decided = settle(config)
@@ -154,7 +154,7 @@ def _check_arguments(argv: Sequence[str]) -> str:
     Returns:
       the config file, '' if none is given.
     """
-    from oel_jax.config import check_field
+    from oel_jax.config.defaults import check_field
 
     config_file = ""
     for argument, following in pairwise([*argv[1:], ""]):
@@ -173,8 +173,8 @@ def _check_arguments(argv: Sequence[str]) -> str:
 
 def _check_number(path: str, text: str) -> None:
     """Where absl's parser would speak of invalid literals and bases."""
-    from oel_jax.config import refuse
-    from oel_jax.config_rules import rules
+    from oel_jax.config.defaults import refuse
+    from oel_jax.config.rules import rules
 
     must = rules()[path](None) or ""
     kind = int if must.startswith("an integer") else float if must.startswith("a number") else str

@@ -2,7 +2,7 @@
 
     python tests/compiled_caches.py TARGET      # 'cpu:4', 'h200:1', 'v5e:2x2'; prints JSON
 
-A target that is not here is compiled for all the same: see `oel_jax/planner/targets.py`. Nothing is
+A target that is not here is compiled for all the same: see `oel_jax/plan/targets.py`. Nothing is
 allocated, so the caches have the size of real ones: a compiler treats small ones in other ways.
 """
 
@@ -16,14 +16,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from oel_jax.config import default
+from oel_jax.config.defaults import default
 from oel_jax.distill.packing import Shape
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.slots import Admission, admit, copy_slots, put_prefix
+from oel_jax.models.config import ModelConfig
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.planner.programs import Arrays, programs
-from oel_jax.planner.targets import find
-from oel_jax.planner.workload import Layout, Slots, Workload
+from oel_jax.plan.programs import Arrays, programs
+from oel_jax.plan.targets import find
+from oel_jax.plan.workload import Layout, Slots, Workload
+from oel_jax.sampler.slots import Admission, admit, copy_slots, put_prefix
 
 # Key heads and their width: Qwen3, Llama-3.2, and SmolLM2, whose heads fill no tile of a TPU.
 HEADS = {"qwen3": (2, 128), "llama": (8, 64), "smollm2": (3, 64)}

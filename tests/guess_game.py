@@ -2,7 +2,7 @@
 
 import re
 
-from oel_jax import games
+from oel_jax import environments
 
 
 class Guess:
@@ -42,4 +42,4 @@ class Guess:
         return str(self._secret)
 
 
-games.register("guess", Guess)
+environments.register("guess", Guess)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from oel_jax import games
-from oel_jax.games.boards import frozen_lake_rows, sokoban_rows
+from oel_jax import environments
+from oel_jax.environments.boards import frozen_lake_rows, sokoban_rows
 from oel_jax.nano.lake import World
 from oel_jax.nano.players import draw
 from oel_jax.nano.room import RoomWorld
@@ -22,7 +22,7 @@ _INNER = range(1, 5)
 @cache
 def real_world(name: str, seed: int) -> World | RoomWorld:
     """The board of a real game as a world with the real symbols."""
-    rows = games.make(name, seed).board_id().replace("P", " P"[name == "sokoban"]).split("/")
+    rows = environments.make(name, seed).board_id().replace("P", " P"[name == "sokoban"]).split("/")
     if name == "frozen_lake":
         return World(tuple(rows), (0, 0), dict(REAL[name]))
     return room_of(rows)
@@ -37,7 +37,7 @@ def room_of(rows: Sequence[str]) -> RoomWorld:
 
 def heldout_worlds(name: str) -> list[World | RoomWorld]:
     """The worlds of the 128 held-out seeds."""
-    return [real_world(name, seed) for seed in games.heldout_seeds()]
+    return [real_world(name, seed) for seed in environments.heldout_seeds()]
 
 
 class Shown(NamedTuple):
@@ -72,7 +72,7 @@ def read_history(history: str) -> Shown:
     for turn, response in enumerate(responses):
         if "Current Board" in observations[turn]:
             board = (frozen_lake_rows if lake else sokoban_rows)(observations[turn])
-        direction = games.parse_action(response)[1:-1]
+        direction = environments.parse_action(response)[1:-1]
         actions.append(direction)
         ahead, beyond = _look(board, direction)
         after = observations[turn + 1] if turn + 1 < len(responses) else outcome

@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from oel_jax import nano
-from oel_jax.config import as_json
+from oel_jax.config.defaults import as_json
+from oel_jax.files import read_json, write_json
 from oel_jax.loop import STAGES, learn
-from oel_jax.metrics import Metrics, read
+from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.run import Run
-from oel_jax.workdir import Workdir, read_json, write_json
+from oel_jax.runs.metrics import Metrics, read
+from oel_jax.runs.session import Run
+from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO_CONFIG = ROOT / "configs" / "nano_frozen_lake.py"
@@ -68,7 +69,7 @@ def tiny_config(**changes) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    fields = FIELDS | {"model.path": str(nano.MODEL_DIR)}
+    fields = FIELDS | {"model.path": str(bundled.MODEL_DIR)}
     fields |= {name.replace("__", "."): value for name, value in changes.items()}
     with config.ignore_type():
         config.update_from_flattened_dict(fields)
@@ -77,7 +78,7 @@ def tiny_config(**changes) -> ml_collections.ConfigDict:
 
 def as_flags(**changes) -> list[str]:
     """The same config as arguments of `python -m oel_jax.main`."""
-    fields = FIELDS | {"model.path": str(nano.MODEL_DIR)}
+    fields = FIELDS | {"model.path": str(bundled.MODEL_DIR)}
     fields |= {name.replace("__", "."): value for name, value in changes.items()}
     return [f"--config={NANO_CONFIG}", *(f"--config.{name}={fields[name]}" for name in fields)]
 

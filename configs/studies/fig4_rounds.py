@@ -16,7 +16,7 @@ Run time: 13 minutes on one CPU core.
 
 from pathlib import Path
 
-from oel_jax.study import Expectation, Measure, Plot, Study, Variant, load_config
+from oel_jax.study.command import Expectation, Measure, Plot, Study, Variant, load_config
 
 PRESETS = ("nano", "qwen3")
 _CONFIGS = Path(__file__).resolve().parent.parent

@@ -5,8 +5,8 @@ printed): on-policy distillation stays above off-policy in pass rate throughout,
 close to the initial model, while off-policy shows a clear decline. Off-policy (spec 10.2): P_r
 plays with knowledge in its prompt, and forward KL on the teacher's top 256 is minimised on its
 answers; SFT minimises minus the log-probability of the same answers. 'Skill' is for nano models
-the mean of four skills that OEL never trains (oel_jax/skills.py); for Qwen3 run lm_eval's ifeval
-on the workdirs.
+the mean of four skills that OEL never trains (oel_jax/nano/skills.py); for Qwen3 run lm_eval's
+ifeval on the workdirs.
 
 Expected: on-policy passes more games than off-policy and than SFT after round 1, intervals apart,
 and keeps more skill than either after round 2.
@@ -24,7 +24,7 @@ Run time: about 7 minutes a seed on one CPU core.
 
 from pathlib import Path
 
-from oel_jax.study import Expectation, Measure, Plot, Study, Variant, load_config
+from oel_jax.study.command import Expectation, Measure, Plot, Study, Variant, load_config
 
 PRESETS = ("nano", "qwen3_1p7b")
 _CONFIGS = Path(__file__).resolve().parent.parent

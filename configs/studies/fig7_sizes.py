@@ -17,7 +17,7 @@ Run time: 14 minutes on one CPU core.
 
 from pathlib import Path
 
-from oel_jax.study import Expectation, Measure, Plot, Study, Variant, load_config
+from oel_jax.study.command import Expectation, Measure, Plot, Study, Variant, load_config
 
 PRESETS = ("nano", "qwen3")
 _CONFIGS = Path(__file__).resolve().parent.parent

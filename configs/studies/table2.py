@@ -19,7 +19,7 @@ Run time: 7.5 minutes on one CPU core.
 
 from pathlib import Path
 
-from oel_jax.study import Expectation, Measure, Other, Plot, Study, Variant, load_config
+from oel_jax.study.command import Expectation, Measure, Other, Plot, Study, Variant, load_config
 
 PRESETS = ("nano", "qwen3_1p7b")
 _CONFIGS = Path(__file__).resolve().parent.parent

@@ -1,1 +1,1 @@
-"""Consolidation's numerics: the fused top-k reverse KL, its plain reference, the optimizer."""
+"""Consolidation's numerics: the loss, its plain reference, packing, step, optimizer, LoRA."""

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from oel_jax.lm import safetensors_io
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.huggingface import CompleteOrNothing
-from oel_jax.lm.model import ADAPTABLE, Params, abstract_params, adapter_axes
-from oel_jax.lm.weight_table import weights
+from oel_jax.models import safetensors_io
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.decoder import ADAPTABLE, Params, abstract_params, adapter_axes
+from oel_jax.models.huggingface import CompleteOrNothing
+from oel_jax.models.weight_table import weights
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import shardings
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt32
 
-from oel_jax.distill.offload import back, on_device, on_host
+from oel_jax.parallel.offload import back, on_device, on_host
 
 
 class Moments(NamedTuple):

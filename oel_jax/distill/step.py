@@ -14,12 +14,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from oel_jax.distill.lora import adapted
-from oel_jax.distill.offload import on_device
 from oel_jax.distill.packing import MicroBatch, View
 from oel_jax.distill.topk_kl import KLConfig, TokenStats, fused_topk_kl
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.model import KeyValues, Params, Prefix, forward, head
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.decoder import KeyValues, Params, Prefix, forward, head
 from oel_jax.parallel.mesh import merge_rows
+from oel_jax.parallel.offload import on_device
 
 
 @dataclass(frozen=True)

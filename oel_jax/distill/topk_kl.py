@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
-from oel_jax.distill.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
+from oel_jax.config.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.distill.divergence import divergence_and_gradient
 from oel_jax.parallel import vocabulary as vocab
 from oel_jax.parallel.mesh import all_rows, parts
@@ -341,3 +341,22 @@ def _backward(cfg: KLConfig, saved: tuple[Array, Array], cotangents: tuple):
 
 
 fused_topk_kl.defvjp(_forward, _backward)
+
+
+def pick_support(negative_control: str) -> Callable:
+    """How the loss picks the tokens that it compares, see `KLConfig.pick`.
+
+    Args:
+      negative_control: the config's; 'foreign_top_k' picks tokens that nobody finds likely.
+    """
+    return foreign_top_k if negative_control == "foreign_top_k" else vocab.top_k
+
+
+def foreign_top_k(
+    logits: Float[Array, "*tokens vocab"], k: int
+) -> tuple[Float[Array, "*tokens k"], Int[Array, "*tokens k"]]:
+    """As `vocabulary.top_k`, but of ids moved by half the vocabulary, as if another model's."""
+    _, ids = vocab.top_k(logits, k)
+    size = logits.shape[-1]
+    ids = (ids + size // 2) % size
+    return vocab.take(logits, ids), ids

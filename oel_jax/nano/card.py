@@ -19,15 +19,18 @@ from typing import Any
 
 import jax
 
-from oel_jax import games, paths
+from oel_jax import environments
+from oel_jax.environments.seeds import HELDOUT_GAMES
 from oel_jax.errors import UserError
-from oel_jax.games.seeds import HELDOUT_GAMES
-from oel_jax.lm.config import ModelConfig, read_json
-from oel_jax.metrics import table
-from oel_jax.nano import model_dir, pretrain
+from oel_jax.files import read_object
+from oel_jax.machine import paths
+from oel_jax.models.bundled import model_dir
+from oel_jax.models.config import ModelConfig
+from oel_jax.nano import pretrain
 from oel_jax.nano.measure import Line, measure
 from oel_jax.nano.players import GAMES
 from oel_jax.nano.reader import TEMPERATURE, Reader, check_family
+from oel_jax.runs.metrics import table
 
 # Lowest and highest value of a line that `--check` accepts, per size.
 Bars = Mapping[str, tuple[float, float]]
@@ -126,7 +129,7 @@ def markdown(card: Mapping[str, Any], lines: Mapping[str, Line], bars: Bars) -> 
     limits = [
         f"{name} {_percent(bounds.floor)} and {_percent(bounds.ceiling)}"
         for name in GAMES
-        if (bounds := games.bounds(name))
+        if (bounds := environments.bounds(name))
     ]
     table_rows = ["| " + " | ".join(cells) + " |" for cells in rows(lines, bars)]
     return f"""\
@@ -154,7 +157,7 @@ def pretraining_notes(directory: Path) -> dict[str, Any]:
       UserError: the file is damaged.
     """
     path = directory / "card.json"
-    notes = read_json(path) if path.is_file() else {}
+    notes = read_object(path) if path.is_file() else {}
     notes.pop("measured", None)
     return notes
 

@@ -3,14 +3,14 @@
 For each game: `play` (no knowledge), `known` (knowledge in the paper's wrapper), `raw` (raw
 trajectories in that wrapper) and `extract` (the paper's extraction prompts). Besides: `glossary`
 (recite roles from a list: makes look-up emerge) and `instruct` (tiny tasks that can be checked
-strictly). Prompts come from `oel_jax.prompts`, so they are the real games'.
+strictly). Prompts come from `oel_jax.data.prompts`, so they are the real games'.
 """
 
 import dataclasses
 import random
 from collections.abc import Callable
 
-from oel_jax import prompts
+from oel_jax.data import prompts
 from oel_jax.nano import lake, room
 from oel_jax.nano import language as lang
 from oel_jax.nano.players import AnyWorld, Facts, Game, begin, decide, draw, play_out

@@ -11,8 +11,8 @@ import random
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from oel_jax.games.adapter import GENERIC_RULES, ROUND_LIMIT
-from oel_jax.games.protocol import MAX_TURNS
+from oel_jax.environments.protocol import MAX_TURNS
+from oel_jax.environments.textarena import GENERIC_RULES, ROUND_LIMIT
 from oel_jax.nano import language as lang
 
 SIZE = 3

@@ -3,8 +3,8 @@
 The real games are played on their held-out boards at temperature 0.7, every game with random keys
 of its own; the model extracts from the games it just played; other skills are asked for beside
 them. Every line is a rate (or a mean length) with a 95 % interval: games on one board count as one
-cluster (`oel_jax.statistics`), and where nothing is shared every item is its own cluster, which
-makes the interval Wilson's.
+cluster (`oel_jax.report.intervals`), and where nothing is shared every item is its own cluster,
+which makes the interval Wilson's.
 """
 
 import dataclasses
@@ -17,14 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oel_jax import games, prompts
-from oel_jax.games.seeds import HELDOUT_GAMES
+from oel_jax import environments
+from oel_jax.data import prompts
+from oel_jax.environments.seeds import HELDOUT_GAMES
 from oel_jax.nano import examples, probes
 from oel_jax.nano import language as lang
 from oel_jax.nano.players import GAMES
 from oel_jax.nano.reader import Reader, Seat, WorldGame, play
-from oel_jax.progress import Progress
-from oel_jax.statistics import board_clustered_interval, student_t_quantile
+from oel_jax.report.intervals import board_clustered_interval, student_t_quantile
+from oel_jax.runs.console import Progress
 
 RESULTS = {"frozen_lake": ("win", "lose", "time", "invalid"), "sokoban": ("win", "time", "invalid")}
 # Games in a prompt with raw trajectories: as many as pre-training shows at most.
@@ -144,8 +145,8 @@ class Measurement:
         return random.Random(" ".join(map(str, ("nano card", self.reader.seed, *words))))
 
     def _real_seats(self, name: str, plays: int, knowledge: Callable[[], str]) -> list[Seat]:
-        seeds = games.heldout_seeds(self.maps) * (plays // self.maps)
-        started = [games.make(name, seed) for seed in seeds]
+        seeds = environments.heldout_seeds(self.maps) * (plays // self.maps)
+        started = [environments.make(name, seed) for seed in seeds]
         return [Seat(game, game.board_id(), knowledge()) for game in started]
 
     def _play(self, name: str, label: str, seats: Sequence[Seat], thinking: bool = True) -> None:
@@ -183,7 +184,7 @@ class Measurement:
     def swapped(self) -> None:
         """Frozen Lake boards on which H wins and G loses, told so."""
         rng = self._rng("swapped")
-        boards = games.board_ids("frozen_lake", games.heldout_seeds(self.maps))
+        boards = environments.board_ids("frozen_lake", environments.heldout_seeds(self.maps))
         facts = tuple(probes.SWAPPED.items())
         seats = [
             Seat(WorldGame(probes.swapped_world(board)), board, probes.told(rng, facts))

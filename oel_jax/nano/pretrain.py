@@ -25,10 +25,10 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from oel_jax import paths
 from oel_jax.errors import UserError
-from oel_jax.lm.config import ModelConfig
-from oel_jax.lm.model import Params, forward, init_params, unembed
+from oel_jax.machine import paths
+from oel_jax.models.config import ModelConfig
+from oel_jax.models.decoder import Params, forward, init_params, unembed
 from oel_jax.nano import vocabulary
 from oel_jax.nano.packing import TASK_NAMES, Batch, make_batch
 from oel_jax.parallel.mesh import all_devices
@@ -329,7 +329,7 @@ def made_with() -> dict[str, object]:
 
 def write_model(out: Path, state: State, made: dict[str, object]) -> None:
     """Weights in bf16 (through the project's own export) and the card."""
-    from oel_jax.lm.huggingface import save_model
+    from oel_jax.models.huggingface import save_model
 
     scratch = out / "export.partial"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from oel_jax import answers, knowledge
-from oel_jax.games import NO_ACTION
+from oel_jax.data import answers, knowledge
+from oel_jax.environments import NO_ACTION
 from oel_jax.nano import examples
 from oel_jax.nano import language as lang
 from oel_jax.nano.lake import World

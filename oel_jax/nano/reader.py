@@ -13,15 +13,16 @@ from typing import NamedTuple, Protocol
 
 import sentencepiece
 
-from oel_jax import games, prompts
+from oel_jax import environments
+from oel_jax.data import prompts
+from oel_jax.environments import NO_ACTION, parse_action
 from oel_jax.errors import UserError
-from oel_jax.games import NO_ACTION, parse_action
-from oel_jax.lm.language_model import load_model
-from oel_jax.lm.requests import Request, request_key
-from oel_jax.lm.sampler import Sampler
-from oel_jax.lm.sampling import Sampling
+from oel_jax.models.language_model import load_model
 from oel_jax.nano import vocabulary
 from oel_jax.nano.players import AnyWorld, begin
+from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.sampler import Sampler
+from oel_jax.sampler.sampling import Sampling
 
 TEMPERATURE = 0.7
 MAX_REPLY = 64  # tokens; the scripted player's longest reply has 50
@@ -226,7 +227,7 @@ def play(
       finished: told after each turn how many games have ended with it.
     """
     live = [(i, seat) for i, seat in enumerate(seats) if not seat.game.done]
-    for turn in range(games.MAX_TURNS):
+    for turn in range(environments.MAX_TURNS):
         texts = [prompts.play_prompt(s.game.situation(), s.knowledge) for _, s in live]
         keys = [(label, thinking, i, turn) for i, _ in live]
         for (_, seat), reply in zip(

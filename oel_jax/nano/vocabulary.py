@@ -13,9 +13,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from oel_jax import prompts
-from oel_jax.games.adapter import GENERIC_RULES, ROUND_LIMIT
-from oel_jax.games.protocol import MAX_TURNS
+from oel_jax.data import prompts
+from oel_jax.environments.protocol import MAX_TURNS
+from oel_jax.environments.textarena import GENERIC_RULES, ROUND_LIMIT
 from oel_jax.nano import examples
 from oel_jax.nano import language as lang
 

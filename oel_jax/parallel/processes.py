@@ -24,8 +24,8 @@ import numpy as np
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
-from oel_jax import preemption
 from oel_jax.errors import TryAgain, UserError
+from oel_jax.machine import preemption
 from oel_jax.parallel import meeting
 
 _T = TypeVar("_T")

@@ -1,0 +1,1 @@
+"""Texts and ids: tokenizers, chat templates, and control tokens that outside text never becomes."""

@@ -1,0 +1,135 @@
+"""Config files: a Python file with `get_config(preset=None)`, which returns a `ConfigDict`.
+
+    config = load_config("configs/nano_frozen_lake.py")          # or "FILE.py:paper"
+
+Whatever goes wrong inside a user's file becomes one message that ends with the file's own lines.
+Imports no JAX.
+"""
+
+import ast
+import importlib.util
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+
+from oel_jax.errors import UserError
+
+
+def load_config(file: str | Path, preset: str | None = None) -> ml_collections.ConfigDict:
+    """What the config file's `get_config` returns; not checked yet (see `validate`).
+
+    Args:
+      file: a path, or as on the command line 'FILE.py:PRESET'.
+      preset: passed on to `get_config`, if there is one.
+
+    Raises:
+      UserError: there is no such file, it has no get_config, or an error is raised in it.
+    """
+    path, given = existing(str(file))
+    preset = preset or given
+    try:
+        module = load_module(Path(path))
+        return check_config(path, module.get_config(*([preset] if preset else [])))
+    except Exception as error:
+        raise explain(path, error) from None
+
+
+def existing(text: str) -> tuple[str, str]:
+    """'FILE.py:PRESET' -> (file, preset or ''); UserError if there is no such Python file."""
+    path, _, preset = (text, "", "") if text.endswith(".py") else text.partition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--config={path}: there is no such Python file; try one of configs/*.py")
+    return path, preset
+
+
+def load_module(file: Path) -> ModuleType:
+    """Run a Python file of the user's as a module that is not kept."""
+    spec = importlib.util.spec_from_file_location(f"oel_jax_file_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_config(file: str, config: object) -> ml_collections.ConfigDict:
+    """The config that a file returned; UserError if it is something else."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise _not_a_config(file, config)
+    return config
+
+
+def _not_a_config(file: str | Path, config: object) -> UserError:
+    returned = "nothing" if config is None else f"a {type(config).__name__}"
+    return UserError(
+        f"{file}: get_config returned {returned}; it must return a ConfigDict: start from "
+        "oel_jax.config.defaults.default(), change fields, and `return` it"
+    )
+
+
+def explain(file: str | Path, error: BaseException) -> UserError:
+    """The message for an error that was raised while a user's Python file ran.
+
+    An error that is one of ours keeps its words. Others are named, with the lines of the file that
+    led to them: libraries' own frames tell a user nothing.
+    """
+    wanted, chain = Path(file).resolve(), _chain(error)
+    for one in chain:
+        if isinstance(one, UserError):
+            return one
+    for one in chain:
+        lines = [frame for frame in traceback.extract_tb(one.__traceback__) if _same(frame, wanted)]
+        broken = isinstance(one, SyntaxError) and one.filename and one.lineno
+        if broken and Path(one.filename).resolve() == wanted:
+            place = f'  File "{file}", line {one.lineno}\n    {(one.text or "").strip()}'
+        elif lines:
+            place = "\n".join(
+                f'  File "{file}", line {frame.lineno}, in {frame.name}\n    {frame.line}'
+                for frame in lines
+            )
+        else:
+            continue
+        what = one.msg if isinstance(one, SyntaxError) else _words(one)
+        return UserError(f"{file} raised {type(one).__name__}: {what}\n{place}")
+    if "<class 'NoneType'>" in str(error):  # fields were to be changed in what was returned
+        return _not_a_config(file, None)
+    if "has no attribute 'get_config'" in str(error):
+        return UserError(f"{file} is no config file: it has no function get_config; see configs/")
+    return UserError(f"{file}: {type(error).__name__}: {_words(error)}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and those it came from, the first cause first."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.insert(0, error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _same(frame: traceback.FrameSummary, file: Path) -> bool:
+    return Path(frame.filename).resolve() == file
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).strip()
+    if text[:1] in ("'", '"') and text[:1] == text[-1:]:  # of a KeyError
+        text = text[1:-1]
+    return text.replace("\\'", "'").replace("\\n", ". ").replace("\n", ". ")
+
+
+def config_changes(arguments: Sequence[str]) -> dict[str, Any]:
+    """'--config.rounds=2' and the like; a value that is no Python literal is a text."""
+    changes: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise UserError(f"{argument!r} is no flag; fields are set by --config.FIELD=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        changes[name.removeprefix("--config.")] = value
+    return changes

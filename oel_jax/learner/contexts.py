@@ -1,0 +1,204 @@
+"""The texts of a round: read for those who use them, and filled in without an extractor.
+
+Whole games in the place of knowledge, what another run knows (spec 10.5), and empty texts fill the
+files that `extract` would have filled, so that everything after it is the same.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
+from oel_jax.config import negative_control
+from oel_jax.data import knowledge, prompts
+from oel_jax.data.trajectories import Trajectory, read
+from oel_jax.errors import UserError
+from oel_jax.files import read_json, write_json
+from oel_jax.machine import paths
+from oel_jax.models.language_model import LanguageModel
+from oel_jax.runs.session import Run
+from oel_jax.runs.workdir import Workdir
+
+
+def raw_trajectories(run: Run, round_number: int) -> None:
+    """The first i games of a chain, whole, as its text after step i.
+
+    The histories are those that an extractor would read, one behind the other, cut to `l_max` from
+    the newest line back (the v3 rule).
+    """
+    config = run.config.extract
+    tokenizer = load_tokenizer(run.policy_directory(round_number))
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    for chain in range(config.chains):
+        source = 0 if config.trajectories == "shared" else chain
+        games = read(run.workdir.extract_games(round_number, source))[: config.n_run]
+        text = ""
+        for step, game in enumerate(games, start=1):
+            turns = [(turn.observation, turn.response) for turn in game.turns]
+            history = prompts.extraction_history(turns, game.outcome, outcome_mode=config.outcome)
+            text = knowledge.truncate(
+                text + history, config.l_max, count, "v3", keep=config.truncate
+            )
+            write_json(
+                run.workdir.knowledge_step(round_number, chain, step),
+                _record(chain, step, text, history, count(text)),
+            )
+
+
+def _record(chain: int, step: int, text: str, added: str, tokens: int) -> dict[str, Any]:
+    """A step as `extract` saves it; nothing was generated."""
+    return {
+        "chain": chain,
+        "step": step,
+        "text": text,
+        "parsed": added,
+        "response": "",
+        "thought_finished": True,
+        "stopped": True,
+        "response_tokens": 0,
+        "knowledge_tokens": tokens,
+    }
+
+
+def empty_on_purpose(config: ml_collections.ConfigDict) -> bool:
+    """Whether the K texts are to be empty."""
+    return config.extract.experience in ("none", "own_game")
+
+
+def own_contexts(run: Run, games: Sequence[Trajectory], tokenizer: Tokenizer) -> list[str]:
+    """Per game, a context that its prefixes have for themselves; '' = they use the K texts.
+
+    This is the general form of the teacher's context. With `extract.experience='own_game'` it is
+    the game itself, whole: the history that an extractor would read, with its outcome
+    (`extract.outcome`), cut to `l_max` from the newest line back. So the teacher knows how the game
+    went on and ended, and the student learns what that would have changed in its answers.
+    """
+    config = run.config.extract
+    if config.experience != "own_game":
+        return [""] * len(games)
+    return [
+        knowledge.truncate(
+            prompts.extraction_history(
+                [(turn.observation, turn.response) for turn in game.turns],
+                game.outcome,
+                outcome_mode=config.outcome,
+            ).strip(),
+            config.l_max,
+            lambda text: len(tokenizer.encode(text)),
+            "v3",
+            keep=config.truncate,
+        )
+        for game in games
+    ]
+
+
+def no_experience(run: Run, round_number: int) -> None:
+    """K empty texts: a control, in which the teacher knows no more than the student.
+
+    Also where the context belongs to single prefixes (`own_games`).
+    """
+    for chain in range(run.config.extract.chains):
+        for step in range(1, run.config.extract.n_run + 1):
+            write_json(
+                run.workdir.knowledge_step(round_number, chain, step),
+                _record(chain, step, "", "", 0),
+            )
+
+
+def of_another_run(run: Run, round_number: int) -> None:
+    """Copy what the run in `extract.knowledge_from` knew in the same round.
+
+    Raises:
+      UserError: it has not extracted in that round, or has fewer chains or steps.
+    """
+    config = run.config.extract
+    check_other_run(run.config, rounds=round_number)
+    other = Workdir(config.knowledge_from)
+    for chain in range(config.chains):
+        for step in range(1, config.n_run + 1):
+            write_json(
+                run.workdir.knowledge_step(round_number, chain, step),
+                read_json(other.knowledge_step(round_number, chain, step)),
+            )
+
+
+def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None) -> None:
+    """Refuse an `extract.knowledge_from` that cannot serve; nothing is checked if it is ''.
+
+    Args:
+      rounds: rounds that must be there; None = all of the config's.
+
+    Raises:
+      UserError: no workdir, not far enough, or other chains.
+    """
+    path = config.extract.knowledge_from
+    if not path:
+        return
+    field = f"config.extract.knowledge_from={path}"
+    if not (paths.local(path, "config.extract.knowledge_from") / "manifest.json").is_file():
+        raise UserError(f"{field}: there is no run; give the --workdir of one")
+    other = Workdir(path)
+    for number in range(1, (rounds or config.rounds) + 1):
+        if not other.finished(number, "extract"):
+            raise UserError(
+                f"{field}: round {number} has no finished extract stage; let that run go on, or "
+                "lower config.rounds"
+            )
+    has = read_json(other.config_file)["extract"]
+    for name in ("chains", "n_run"):
+        if has[name] < config.extract[name]:
+            raise UserError(
+                f"{field}: it has config.extract.{name}={has[name]}, this run wants "
+                f"{config.extract[name]}; set it to at most {has[name]}"
+            )
+
+
+def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[str]:
+    """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
+
+    With `extract.experience='none'` all of them are empty, as the config asks; with 'own_game' one
+    empty text stands for them.
+
+    Raises:
+      UserError: all are empty against the config's wish, so there is nothing to learn.
+    """
+    path = run.workdir.knowledge(round_number)
+    extract = run.config.extract
+    texts = [
+        knowledge.truncate(
+            text.strip(),
+            extract.l_max,
+            lambda piece: len(model.tokenizer.encode(piece)),
+            "v4",
+            keep=extract.truncate,
+            marker=extract.item_marker,
+        )
+        for text in run.read_json(path)["texts"]
+    ]
+    if empty_on_purpose(run.config):
+        return texts[:1] if extract.experience == "own_game" else texts
+    if not any(texts):
+        raise UserError(
+            f"{path}: all {len(texts)} knowledge texts are empty, so there is nothing to "
+            f"consolidate. Look at the extractor's answers in {path.parent}; a longer "
+            "config.extract.l_max, config.extract.version='v3' or a larger config.extract.n may "
+            "help, then run again with a new --workdir"
+        )
+    empty = [index for index, text in enumerate(texts) if not text]
+    if empty:
+        print(
+            f"knowledge of chain(s) {empty} is empty: prefixes that draw it are distilled from the "
+            "teacher without knowledge"
+        )
+    return negative_control.teacher_texts(run.config, round_number, texts)
+
+
+def drawn_texts(round_number: int, step: int, count: int, texts: int) -> list[int]:
+    """Which text each of `count` prefixes (or demonstrated games) of a step gets (spec 8.1)."""
+    rng = random.Random(step + 1000 * round_number)
+    return [rng.choice(range(texts)) for _ in range(count)]

@@ -1,0 +1,292 @@
+"""Server side: knowledge from trajectories (paper Eq. 1, spec section 6).
+
+K chains accumulate in lock-step. At step i the extractor reads the i-th game of each chain (and,
+if configured, the chain's knowledge so far), and what it writes is appended:
+
+    e'_i ~ pi_extract(. | tau_i, e_{i-1})        e_i = [e_{i-1}; e'_i]
+
+Where the extractor does not see previous knowledge, all calls are independent and several steps
+are generated as one batch. The text after every step is a file of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
+from oel_jax.config.defaults import extraction_template, extractor_budget
+from oel_jax.data import answers, knowledge, prompts
+from oel_jax.data.trajectories import Trajectory, read
+from oel_jax.files import read_json, write_json
+from oel_jax.learner.contexts import no_experience, of_another_run, raw_trajectories
+from oel_jax.learner.history import with_markers
+from oel_jax.machine import preemption
+from oel_jax.models.huggingface import resolve
+from oel_jax.models.language_model import LanguageModel
+from oel_jax.parallel import processes
+from oel_jax.runs.console import waiting
+from oel_jax.runs.metrics import printable
+from oel_jax.runs.session import Run, sampling
+from oel_jax.sampler.requests import Completion, Request
+
+
+@dataclass
+class _Chain:
+    """One chain: its games and its knowledge so far."""
+
+    number: int
+    games: list[Trajectory]
+    text: str = ""
+    done: int = 0
+
+
+def extract(run: Run, round_number: int) -> list[Path]:
+    """Grow the K texts of a round; returns the files. Finished steps are not done again."""
+    config = run.config.extract
+    numbers = range(config.chains)
+    if config.knowledge_from or config.experience != "knowledge":
+        empty = {"none": no_experience, "own_game": no_experience}
+        fill = {"knowledge": of_another_run, "raw": raw_trajectories} | empty
+        work = partial(fill[config.experience], run, round_number)
+        processes.first_does("texts are filled in", work)
+    else:
+        _grow(run, round_number, processes.share(numbers))
+        with waiting(f"round {round_number} extract: other processes write"):
+            processes.wait("chains are grown")
+    if processes.is_first():
+        if config.knowledge_from or config.experience != "knowledge" or processes.count() > 1:
+            _log(run, round_number, range(1, config.n_run + 1))
+        _finish(run, round_number)
+    steps = range(1, config.n_run + 1)
+    files = [run.workdir.knowledge_step(round_number, k, step) for k in numbers for step in steps]
+    return [run.workdir.knowledge(round_number), *files]
+
+
+def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
+    """Grow these chains in lock-step."""
+    config = run.config.extract
+    if not numbers:  # more processes than chains
+        return
+    directory = resolve(resolve_bundled(config.model_path)) if config.model_path else None
+    extractor = run.player(run.load(directory)) if directory else run.policy(round_number)
+    chains = [_open_chain(run, round_number, number) for number in numbers]
+    longest_prompt, budget = extractor_budget(run.config)
+    # Steps generated together: one while a step needs the text of the last.
+    width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
+    opened = extractor.tokenizer.opens_thought(thinking=run.config.model.thinking)
+    player = extractor.tokenizer
+    if directory:
+        player = load_tokenizer(run.policy_directory(round_number), run.today)
+    sampler = run.sampler(
+        extractor,
+        sampling(config),
+        prompt=longest_prompt,
+        response=budget,
+        slots=width * len(chains),
+        draft=config.draft_tokens,
+    )
+    first, alone = min(chain.done for chain in chains), processes.count() == 1
+    if alone:
+        _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics
+    label = f"round {round_number} extract"
+    done = sum(chain.done for chain in chains)
+    calls = config.n_run * len(chains)
+    safe_place = partial(preemption.stop_if_noticed, "finished texts are kept")
+    with (
+        run.progress(calls, "calls", label, done=done) as progress,
+        preemption.holding(),
+    ):
+        progress.follow(lambda: (calls - done) * budget, tokens=lambda: sampler.written)
+        for start in range(first + 1, config.n_run + 1, width):
+            safe_place()
+            steps = range(start, min(start + width, config.n_run + 1))
+            requests = [
+                _request(run, extractor, player, round_number, chain, step)
+                for chain in chains
+                for step in steps
+                if step > chain.done
+            ]
+            for answer in sampler.generate(extractor.params, requests, safe_place):
+                chain, step = answer.tag
+                _absorb(run, extractor, round_number, chain, step, answer, opened)
+                progress.update()
+            if alone:  # otherwise other processes have some of the chains
+                _log(run, round_number, steps)
+
+
+def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
+    """A chain's games, and the text of its last finished step."""
+    config = run.config.extract
+    source = 0 if config.trajectories == "shared" else number
+    games = read(run.workdir.extract_games(round_number, source))[: config.n_run]
+    chain = _Chain(number, games)
+    while chain.done < config.n_run:
+        file = run.workdir.knowledge_step(round_number, number, chain.done + 1)
+        if not file.exists():
+            break
+        chain.text = read_json(file)["text"]
+        chain.done += 1
+    return chain
+
+
+def _request(
+    run: Run,
+    extractor: LanguageModel,
+    player: Tokenizer,
+    round_number: int,
+    chain: _Chain,
+    step: int,
+) -> Request:
+    """The extractor call of one step (spec 6.1 steps 3 to 5); `player` wrote the responses."""
+    config = run.config.extract
+    game = chain.games[step - 1]
+
+    def message(turns: list[tuple[str, str]]) -> str:
+        return prompts.extraction_prompt(
+            prompts.extraction_history(turns, game.outcome, outcome_mode=config.outcome),
+            chain.text if config.previous else "",
+            version=config.version,
+            template=extraction_template(run.config),
+        )
+
+    if config.history_markers == "tokens":
+        text = with_markers(message, game.turns, player, extractor.tokenizer)
+    else:
+        text = message([(turn.observation, turn.response) for turn in game.turns])
+    ids = extractor.tokenizer.chat(text, thinking=run.config.model.thinking)
+    key = run.chain_key(chain.number, "extractor", round_number, step)
+    return Request(ids, key, extractor_budget(run.config)[1], (chain, step))
+
+
+def _absorb(
+    run: Run,
+    extractor: LanguageModel,
+    round_number: int,
+    chain: _Chain,
+    step: int,
+    answer: Completion,
+    opened: bool,
+) -> None:
+    """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9).
+
+    `parsed` in the file is what was appended, without what `no_op` and `deduplicate` took away.
+    """
+    config = run.config.extract
+    response = extractor.tokenizer.decode(answer.ids)
+    stripped, finished = answers.split_thought(response, config.unfinished_thought, opened=opened)
+    parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
+    upkeep: dict[str, bool | int] = {}
+    if config.no_op:
+        parsed, upkeep["no_new"] = knowledge.without_no_op(
+            stripped or "", parsed, config.item_marker
+        )
+    if config.deduplicate:
+        parsed, upkeep["duplicates"] = knowledge.deduplicate(chain.text, parsed, config.item_marker)
+    text = knowledge.append(chain.text, parsed)
+    chain.text = knowledge.truncate(
+        text,
+        config.l_max,
+        lambda piece: len(extractor.tokenizer.encode(piece)),
+        config.version,
+        keep=config.truncate,
+        marker=config.item_marker,
+    )
+    chain.done = step
+    write_json(
+        run.workdir.knowledge_step(round_number, chain.number, step),
+        {
+            "chain": chain.number,
+            "step": step,
+            "text": chain.text,
+            "parsed": parsed,
+            "response": response,
+            "thought_finished": finished,
+            "stopped": answer.stopped,
+            "response_tokens": len(answer.ids) - answer.stopped,
+            "knowledge_tokens": len(extractor.tokenizer.encode(chain.text)),
+        }
+        | upkeep,
+    )
+
+
+def _records(run: Run, round_number: int, step: int) -> list[dict]:
+    """The saved step of all chains."""
+    return [
+        read_json(run.workdir.knowledge_step(round_number, chain, step))
+        for chain in range(run.config.extract.chains)
+    ]
+
+
+def _log(run: Run, round_number: int, steps: range) -> None:
+    for step in steps:
+        records = _records(run, round_number, step)
+        count = len(records)
+        values = {
+            "knowledge_tokens": (sum(r["knowledge_tokens"] for r in records), count),
+            "response_tokens": (sum(r["response_tokens"] for r in records), count),
+            "unfinished_thoughts": (sum(not r["thought_finished"] for r in records), count),
+            "nothing_parsed": (sum(_says_nothing(r) for r in records), count),
+        }
+        for name in _upkeep(run):
+            values[name] = (sum(r.get(name, 0) for r in records), count)
+        run.metrics.rewind("extract", round_number, step - 1)
+        run.metrics.scalars("extract", step, values, round=round_number)
+
+
+_UPKEEP = {
+    "no_new": "answer(s) with nothing new (config.extract.no_op)",
+    "duplicates": "item(s) left out that were known already (config.extract.deduplicate)",
+}
+
+
+def _says_nothing(record: dict) -> bool:
+    """Whether an answer had no item; one that was left out on purpose had."""
+    return not (record["parsed"] or record.get("no_new") or record.get("duplicates"))
+
+
+def _upkeep(run: Run) -> list[str]:
+    """What is counted beside the rest: answers with nothing new, items left out as duplicates."""
+    config = run.config.extract
+    counted = {"no_new": config.no_op, "duplicates": config.deduplicate}
+    return [name for name, wanted in counted.items() if wanted]
+
+
+def _finish(run: Run, round_number: int) -> None:
+    """Write the pool of texts after n steps and print a short overview."""
+    config, workdir = run.config.extract, run.workdir
+    used = _records(run, round_number, config.n)
+    texts = [record["text"] for record in used]
+    pool = workdir.knowledge(round_number)
+    write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
+    calls = unfinished = 0
+    left_out = dict.fromkeys(_upkeep(run), 0)
+    print(f"knowledge after {config.n} games, newest line of each chain:")
+    for record in used:
+        chain = record["chain"]
+        steps = [
+            read_json(workdir.knowledge_step(round_number, chain, step))
+            for step in range(1, config.n + 1)
+        ]
+        calls += len(steps)
+        unfinished += sum(not step["thought_finished"] for step in steps)
+        for name in left_out:
+            left_out[name] += sum(step.get(name, 0) for step in steps)
+        lines = [line for line in record["text"].split("\n") if line.strip()]
+        newest = lines[-1].removeprefix(config.item_marker).strip() if lines else "(empty)"
+        size = f"{len(lines)} line(s), {record['knowledge_tokens']} token(s)"
+        print(f"  chain {chain}: {size}: {printable(newest[:72])}")
+        name = f"knowledge/chain_{chain:02d}"
+        run.metrics.text(name, config.n, record["text"], "extract", round_number)
+    if unfinished:
+        what = "dropped" if config.unfinished_thought == "drop" else "kept as knowledge"
+        print(
+            f"{unfinished} of {calls} extractor calls did not finish their thought within "
+            f"config.extract.l_max={config.l_max} tokens; it was {what} "
+            f"(config.extract.unfinished_thought)"
+        )
+    for name, count in left_out.items():
+        print(f"{count} {_UPKEEP[name]} in {calls} extractor calls")
+    empty = sum(not text for text in texts)
+    if empty:
+        print(f"{empty} of {len(texts)} knowledge texts are empty")

@@ -1,1 +1,0 @@
-"""The language model: config, decoder, Hugging Face in and out, tokenizer, sampler."""

@@ -1,0 +1,1 @@
+"""The language model: config, decoder, attention, weights in and out of Hugging Face files."""

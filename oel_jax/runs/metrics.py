@@ -1,0 +1,298 @@
+"""Numbers of a run: `metrics.jsonl`, TensorBoard event files, and what the console shows.
+
+A line of `metrics.jsonl` is
+
+    {"stage": "consolidate", "round": 1, "step": 3, "values": {"loss": 0.21}, "time": {"at": ...}}
+
+where everything but `time` is the same in a resumed and in an uninterrupted run. Event files are
+written by the `tensorboard` package alone; TensorFlow is never imported. Imports no JAX.
+"""
+
+import json
+import math
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util import tensor_util
+
+from oel_jax.errors import UserError
+from oel_jax.runs.workdir import Workdir
+from oel_jax.files import write_bytes
+
+Value = float | tuple[float, float]  # a number, or (sum, count), whose mean is written
+
+
+class Metrics:
+    """Writes scalars, texts, histograms and settings of one run; a context manager.
+
+    Each (round, stage) is a run of its own in TensorBoard (`round_001/consolidate`), so that the
+    curves of successive rounds lie over each other. Round 0 is for what belongs to the whole run.
+    """
+
+    def __init__(self, workdir: Workdir, tensorboard: bool = True):
+        self._path = workdir.metrics_file
+        self._tensorboard = workdir.tensorboard if tensorboard else None
+        self._writers: dict[Path, EventFileWriter] = {}
+        # A kill may have left half a line behind: it was never a metric.
+        rows = _rows(self._path)
+        if self._path.exists() and b"".join(line for _, line in rows) != self._path.read_bytes():
+            write_bytes(self._path, b"".join(line for _, line in rows))
+        self._file = self._path.open("ab")
+
+    def scalars(
+        self,
+        stage: str,
+        step: int,
+        values: Mapping[str, Value],
+        round: int = 0,
+        time_values: Mapping[str, Value] | None = None,
+    ) -> None:
+        """Write one row.
+
+        Args:
+          stage: e.g. 'consolidate'.
+          step: optimizer step, chain step or round: the x axis of the curve.
+          values: name -> number or (sum, count); a pair with count 0 is left out. NaN and infinity
+            are written as the strings "NaN", "Infinity", "-Infinity".
+          round: the round, from 1; 0 = the whole run.
+          time_values: numbers that depend on the machine (tokens/s); kept under "time".
+        """
+        means, timed = mean_values(values), mean_values(time_values or {})
+        row = {
+            "stage": stage,
+            "round": int(round),
+            "step": int(step),
+            "values": {name: _json_number(value) for name, value in means.items()},
+            "time": {"at": time.time()} | {k: _json_number(v) for k, v in timed.items()},
+        }
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            summary = summary_pb2.Summary(
+                value=[
+                    summary_pb2.Summary.Value(tag=f"{stage}/{name}", simple_value=value)
+                    for name, value in {**means, **timed}.items()
+                ]
+            )
+            self._event(stage, round, step=int(step), summary=summary)
+
+    def text(self, tag: str, step: int, text: str, stage: str = "text", round: int = 0) -> None:
+        """Show a text in TensorBoard (`tag` under 'Text'), line breaks kept as in the original."""
+        if self._tensorboard is None:
+            return
+        shown = "    " + text.replace("\n", "\n    ")  # Markdown: an indented block is literal
+        tensor = tensor_pb2.TensorProto(
+            dtype=types_pb2.DT_STRING, string_val=[shown.encode("utf-8")]
+        )
+        plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
+        metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
+        value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+        self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+
+    def histogram(
+        self, tag: str, step: int, values: Sequence[float], stage: str, round: int = 0
+    ) -> None:
+        """Show how `values` (not empty) are distributed, in TensorBoard alone."""
+        if self._tensorboard is not None:
+            summary = histogram_pb(tag, np.asarray(values, np.float64))
+            self._event(stage, round, step=int(step), summary=summary)
+
+    def bars(
+        self,
+        tag: str,
+        step: int,
+        ends: Sequence[float],
+        heights: Sequence[float],
+        stage: str,
+        round: int = 0,
+    ) -> None:
+        """Show bars of given heights as a histogram in TensorBoard; bar i ends at `ends[i]`."""
+        if self._tensorboard is None:
+            return
+        starts = [0.0, *ends[:-1]]
+        rows = np.array([starts, ends, heights], np.float64).T
+        made = histogram_pb(tag, np.zeros(1), buckets=1)  # for its metadata
+        made.value[0].tensor.CopyFrom(tensor_util.make_tensor_proto(rows))
+        self._event(stage, round, step=int(step), summary=made)
+
+    def image(self, tag: str, step: int, png: bytes, stage: str, round: int = 0) -> None:
+        """Show a PNG in TensorBoard."""
+        if self._tensorboard is not None:
+            width, height = struct.unpack(">II", png[16:24])  # the header comes first in every PNG
+            shown = summary_pb2.Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=png
+            )
+            value = summary_pb2.Summary.Value(tag=tag, image=shown)
+            self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+
+    def settings(
+        self, fields: Mapping[str, object], results: Mapping[str, float], step: int
+    ) -> None:
+        """Put the run's settings beside its results in TensorBoard's HPARAMS view.
+
+        Args:
+          fields: dotted config path -> value; what is no number, text or flag is shown as JSON.
+          results: the run's numbers so far, e.g. the pass rate after the last round.
+          step: the round they were measured after.
+        """
+        if self._tensorboard is None:
+            return
+        shown = {
+            path: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for path, value in fields.items()
+        }
+        made = hparams_pb(shown, trial_id="")
+        # TensorBoard shows the mean of trials that have one name. Without a name a trial is called
+        # by the place of its files below --logdir, which no two runs share.
+        plugin = made.value[0].metadata.plugin_data
+        started = HParamsPluginData.FromString(plugin.content)
+        started.session_start_info.group_name = ""
+        plugin.content = started.SerializeToString()
+        self._event("hparams", 0, summary=made)
+        summary = summary_pb2.Summary(
+            value=[
+                summary_pb2.Summary.Value(tag=name, simple_value=value)
+                for name, value in results.items()
+            ]
+        )
+        self._event("hparams", 0, step=int(step), summary=summary)
+
+    def rewind(self, stage: str, round: int, step: int) -> None:
+        """Forget the rows of (stage, round) after `step`: they are about to be computed again."""
+        rows = _rows(self._path)
+        kept = [line for row, line in rows if not _is_later(row, stage, round, step)]
+        if len(kept) < len(rows):
+            self._file.close()
+            write_bytes(self._path, b"".join(kept))
+            self._file = self._path.open("ab")
+            if self._tensorboard is not None:
+                # TensorBoard then drops what it has read of this run from step + 1 on.
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._event(stage, round, step=step + 1, session_log=start)
+
+    def _event(self, stage: str, round: int, **fields: Any) -> None:
+        group = self._tensorboard / (f"round_{round:03d}" if round else "run") / stage
+        if group not in self._writers:
+            self._writers[group] = EventFileWriter(str(group), flush_secs=5)
+        self._writers[group].add_event(event_pb2.Event(wall_time=time.time(), **fields))
+
+    def flush(self) -> None:
+        """Write out what is still buffered: the process may end without `close`."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Write out what is still buffered."""
+        self._file.close()
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class NoMetrics:
+    """In the place of `Metrics` on processes that write nothing."""
+
+    def scalars(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+    text = histogram = bars = image = settings = rewind = flush = scalars
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a `metrics.jsonl`; half a line at the end (a kill) is ignored.
+
+    Raises:
+      UserError: a line that is not a row, with file and line.
+    """
+    return [row for row, _ in _rows(path)]
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    rows: list[tuple[dict[str, Any], bytes]] = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"stage", "round", "step", "values"} <= row.keys():
+            raise UserError(f"{path}:{number} is not a row of metrics; restore or delete the file")
+        rows.append((row, line))
+    return rows
+
+
+def _is_later(row: Mapping[str, Any], stage: str, round: int, step: int) -> bool:
+    return (row["stage"], row["round"]) == (stage, round) and row["step"] > step
+
+
+def mean_values(values: Mapping[str, Value]) -> dict[str, float]:
+    means = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            total, count = (float(part) for part in value)
+            if not count:
+                continue
+            means[name] = total / count
+        else:
+            means[name] = float(value)
+    return means
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+# --- console --------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '0:07', '12:34' or '1:02:03'."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def printable(text: str) -> str:
+    """Outside text for a terminal: what is not printable (escape sequences, bells) becomes '?'."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """A plain text table; the first column is left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(parts).rstrip()
+
+    ruler = "  ".join("-" * width for width in widths)
+    return "\n".join([line(cells[0]), ruler, *map(line, cells[1:])])

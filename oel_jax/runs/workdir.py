@@ -1,0 +1,502 @@
+"""The name of every artifact of a run, and the record of what is finished.
+
+    WORKDIR/
+      config.json     the config the run was started with
+      manifest.json   finished stages with size and SHA-256 of their files; config changes; the date
+                      that chat templates show
+      round_001/
+        deploy/       extract_chain_00.jsonl .. (games for knowledge), step_001.jsonl .. (prefixes)
+        demonstrate/  step_001.jsonl .. (played with knowledge; off-policy baselines only)
+        knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
+        preflight.json  what each text gains in context, measured before consolidation
+        consolidate/  Orbax checkpoints inside the round; gone when it is consolidated
+        policy/       the model handed to the next round, as a Hugging Face directory
+        adapter/      with LoRA: what the policy was made by, for PEFT; belongs to its start
+        policy_step_005/ ..   the same after these optimizer steps, if `evaluate.steps` asks
+        evaluate/     consolidated.json, in_context.json, ..., and *.samples.json: some games
+      evaluate/start.json   the starting model
+      tensorboard/  metrics.jsonl  summary.json  report.html
+
+A stage is finished when the manifest says so and its files are there with the recorded sizes. Every
+JSON file is replaced atomically, so a kill at any instant leaves the old or the new version. Paths
+recorded in the manifest are relative and are refused if they lead out of the directory. One process
+at a time owns a workdir. Imports no JAX.
+"""
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from oel_jax.machine import paths
+from oel_jax.errors import UserError
+from oel_jax.files import read_json, write_bytes, write_json
+
+SCHEMA = "oel.workdir/1"
+
+# Stages of a round, in order.
+STAGES = ("deploy", "extract", "demonstrate", "preflight", "consolidate", "evaluate")
+
+
+def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages a run with this config has: the baselines demonstrate, pre-flight can be off."""
+    without = set()
+    if config["consolidate"].get("mode", "on_policy") == "on_policy":
+        without.add("demonstrate")
+    own = config.get("extract", {}).get("experience") == "own_game"  # no text to play with
+    if own or not config.get("preflight", {"games": 0})["games"]:
+        without.add("preflight")
+    return tuple(stage for stage in STAGES if stage not in without)
+
+
+# Config fields (or groups of them) that may differ when a run goes on, each with the reason.
+FREE_FIELDS = {
+    "rounds": "more rounds extend a run; with fewer, those that are there stay",
+    "log": "what is printed and drawn",
+    "game.module": "where the file of a game is; its name and turns stay",
+    "mesh": "the same computation on other devices",
+    "sampler.slots": "a game's randomness does not depend on who else is in the batch",
+    "sampler.max_len": "room in the cache, not content",
+    "sampler.decode_steps": "speed only",
+    "sampler.prefill_rows": "speed only",
+    "sampler.prefill_chunk": "memory against speed",
+    "sampler.overlap": "speed only",
+    "sampler.weights": "memory against speed",
+    "model.attention_block": "memory against speed",
+    "model.check_weights": "what is refused when a model is loaded",
+    "preflight.on_harm": "what follows from the pre-flight; the warning says how to go on",
+    "preflight.least_gain": "compared with what was measured, whenever consolidation is due",
+    "consolidate.save_every": "how often a checkpoint is written",
+    "consolidate.save_minutes": "how often a checkpoint is written",
+    "consolidate.remat": "memory against speed",
+    "consolidate.offload": "memory against speed",
+    "loss.chunk": "memory against speed",
+    "compilation_cache": "where compiled programs are kept",
+    "profile": "what is traced beside the run",
+}
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def samples_of(evaluation: Path) -> Path:
+    """Whole games of an evaluation, beside its result: start.json -> start.samples.json."""
+    return evaluation.with_suffix(".samples.json")
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of every field that differs; an absent field counts as None."""
+    before, after = _flatten(old), _flatten(new)
+    return {
+        path: (before.get(path), after.get(path))
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def is_free(path: str) -> bool:
+    """Whether a config field may differ when a run goes on (see `FREE_FIELDS`)."""
+    return any(path == free or path.startswith(free + ".") for free in FREE_FIELDS)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def lock_directory(root: Path) -> int:
+    """Create a workdir if need be and take its lock; returns the descriptor that holds it.
+
+    Raises:
+      UserError: the directory cannot be created or written, or belongs to a running process.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell (root, read-only mounts, full disks): write something.
+        with tempfile.NamedTemporaryFile(dir=root, prefix=".write_test.") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        hint = "it is a file" if root.is_file() else error.strerror
+        raise UserError(
+            f"--workdir={root} cannot be written: {hint}; choose a directory that you may write to"
+        ) from error
+    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"--workdir={root} is in use by process {owner}; wait for it, stop it, or use another "
+            "--workdir"
+        ) from error
+    except OSError as error:
+        os.close(lock)
+        raise UserError(
+            f"--workdir={root} cannot be locked ({error.strerror}); use a --workdir on a file "
+            "system with file locks"
+        ) from error
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode("ascii"))
+    return lock
+
+
+class Workdir:
+    """One run's directory. `Workdir(root)` only names things; `open` creates, locks and checks it.
+
+    As a context manager it gives the lock back at the end:
+
+        with Workdir("runs/nano").open(config) as workdir: ...
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = paths.local(root, "--workdir")
+        self._lock: int | None = None
+        self._manifest: dict[str, Any] | None = None
+
+    # --- names ------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """What to call the run: the directory's name; in a study its place below the study's."""
+        root = self.root.absolute()
+        for above in root.parents[:2]:  # STUDY/VARIANT/seed_S
+            if (above / "study.json").is_file():
+                return root.relative_to(above).as_posix()
+        return root.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report_file(self) -> Path:
+        """The report page: one HTML file, written again after each round."""
+        return self.root / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def start_evaluation(self) -> Path:
+        """Evaluation of the starting model."""
+        return self.root / "evaluate" / "start.json"
+
+    @property
+    def start_skills(self) -> Path:
+        """Other skills of the starting model (`config.evaluate.skills`)."""
+        return self.root / "evaluate" / "start_skills.json"
+
+    def round(self, number: int) -> Path:
+        """Directory of a round, counted from 1."""
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"round {number!r} does not exist; rounds count from 1")
+        return self.root / f"round_{number:03d}"
+
+    def extract_games(self, round_number: int, chain: int) -> Path:
+        """Games played for chain `chain` (from 0): one trajectory per line."""
+        return self.round(round_number) / "deploy" / f"extract_chain_{chain:02d}.jsonl"
+
+    def deploy_games(self, round_number: int, step: int) -> Path:
+        """Games whose prefixes are optimizer step `step` (from 1): one trajectory per line."""
+        return self.round(round_number) / "deploy" / f"step_{step:03d}.jsonl"
+
+    def demonstrations(self, round_number: int, step: int) -> Path:
+        """Games that P_r played with knowledge, for optimizer step `step` (off-policy modes)."""
+        return self.round(round_number) / "demonstrate" / f"step_{step:03d}.jsonl"
+
+    def knowledge_step(self, round_number: int, chain: int, step: int) -> Path:
+        """Knowledge of chain `chain` (from 0) after `step` trajectories (from 1)."""
+        chains = self.round(round_number) / "knowledge"
+        return chains / f"chain_{chain:02d}" / f"step_{step:03d}.json"
+
+    def knowledge(self, round_number: int) -> Path:
+        """The K knowledge texts that the round uses."""
+        return self.round(round_number) / "knowledge" / "knowledge.json"
+
+    def preflight(self, round_number: int) -> Path:
+        """What each knowledge text gains in context, before consolidation."""
+        return self.round(round_number) / "preflight.json"
+
+    def checkpoints(self, round_number: int) -> Path:
+        """Orbax checkpoints inside the round (absolute, as Orbax wants it)."""
+        return (self.round(round_number) / "consolidate").absolute()
+
+    def drop_checkpoints(self, round_number: int) -> None:
+        """Delete the checkpoints of a round that is consolidated: nothing goes on from them."""
+        shutil.rmtree(self.checkpoints(round_number), ignore_errors=True)
+
+    def adapter(self, round_number: int) -> Path:
+        """PEFT directory of the adapter that round `round_number` trained, if it did."""
+        return self.round(round_number) / "adapter"
+
+    def policy(self, round_number: int) -> Path:
+        """Hugging Face directory of the model that round `round_number` produced."""
+        return self.round(round_number) / "policy"
+
+    def policy_at(self, round_number: int, step: int) -> Path:
+        """The same after an optimizer step inside the round (`evaluate.steps`)."""
+        return self.round(round_number) / f"policy_step_{step:03d}"
+
+    def guard_file(self, round_number: int) -> Path:
+        """Why the round was stopped early, if a guard did."""
+        return self.round(round_number) / "guard.json"
+
+    def evaluation(self, round_number: int, name: str) -> Path:
+        """An evaluation of the round, e.g. 'consolidated', 'in_context', 'curve_chain_00'."""
+        return self.round(round_number) / "evaluate" / f"{_checked_name(name)}.json"
+
+    # --- life cycle -------------------------------------------------------------------------------
+
+    def open(
+        self,
+        config: Mapping[str, Any],
+        allow_change: bool = False,
+        today: datetime.datetime | None = None,
+    ) -> "Workdir":
+        """Create the directory or go on with an old one; takes the lock.
+
+        Args:
+          config: plain JSON types (`oel_jax.config.defaults.as_json`).
+          allow_change: accept a changed config; it is stored and the change recorded.
+          today: what `today` is in a new directory, local time; now, if not given.
+
+        Raises:
+          UserError: the directory cannot be created or written, belongs to a running process, is
+            not a workdir, or holds a run with another config (fields listed old -> new).
+        """
+        self._lock = lock_directory(self.root)
+        try:
+            config = json.loads(json.dumps(config, allow_nan=False))
+            if self.config_file.exists():
+                if "rounds" in config and self.manifest_file.exists():
+                    config["rounds"] = max(config["rounds"], self.rounds())  # none is forgotten
+                self._compare_config(config, allow_change)
+            else:
+                if self.manifest_file.exists():
+                    raise UserError(
+                        f"{self.manifest_file} exists but {self.config_file} does not; restore it "
+                        "or use an empty --workdir"
+                    )
+                write_json(self.config_file, config)
+            if not self.manifest_file.exists():
+                self._write_manifest(
+                    {
+                        "schema": SCHEMA,
+                        "created_at": _now(),
+                        "today": (today or datetime.datetime.now()).isoformat(timespec="seconds"),
+                        "stages": [],
+                        "config_changes": [],
+                    }
+                )
+            if "today" not in self._read_manifest():  # local time where it is first gone on with
+                self._write_manifest(self._read_manifest() | {"today": self.today.isoformat()})
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _compare_config(self, config: dict[str, Any], allow_change: bool) -> None:
+        old = read_json(self.config_file)
+        if not isinstance(old, dict):
+            raise UserError(f"{self.config_file} is not a config; restore it or delete it")
+        changes = changed_fields(old, config)
+        refused = {path: pair for path, pair in changes.items() if not is_free(path)}
+        if refused and not allow_change:
+            lines = "\n".join(
+                f"  config.{path}: {_show(before)} -> {_show(after)}"
+                for path, (before, after) in refused.items()
+            )
+            raise UserError(
+                f"--workdir={self.root} holds a run with another config:\n{lines}\n"
+                "Use a new --workdir, the old values, or --allow_config_change to go on with the "
+                "new ones (finished stages stay as they are)."
+            )
+        if changes:
+            manifest = self._read_manifest()
+            fields = {path: {"old": old, "new": new} for path, (old, new) in changes.items()}
+            manifest["config_changes"].append({"at": _now(), "fields": fields})
+            self._write_manifest(manifest)
+            write_json(self.config_file, config)
+
+    @property
+    def today(self) -> datetime.datetime:
+        """When the run was started, in local time there: what chat templates show as the date.
+
+        All prompts of a run have this one date, on whatever day and host they are made. Runs of
+        older versions did not record it; theirs is the day on which the manifest was created. Where
+        no run was started (a scratch directory, as in notebooks) it is now.
+        """
+        if not self.manifest_file.exists():
+            return datetime.datetime.now()
+        manifest = self._read_manifest()
+        try:
+            if "today" in manifest:
+                return datetime.datetime.fromisoformat(manifest["today"]).replace(tzinfo=None)
+            created = datetime.datetime.fromisoformat(manifest["created_at"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.manifest_file} does not say when the run was started ({error}); restore "
+                'it, or write "today": "2026-01-31T12:00:00" into it'
+            ) from error
+        return created.astimezone().replace(tzinfo=None)
+
+    # --- manifest ---------------------------------------------------------------------------------
+
+    def finished(self, round_number: int, stage: str) -> bool:
+        """Whether the stage is recorded and all its files are there with their recorded sizes."""
+        entry = self.entry(round_number, stage)
+        return entry is not None and all(
+            path.is_file() and path.stat().st_size == size
+            for path, size, _ in self._recorded(entry)
+        )
+
+    def verify(self, round_number: int, stage: str) -> None:
+        """Recompute the hashes of a finished stage.
+
+        Raises:
+          UserError: the stage is not recorded, or a file is missing or has changed.
+        """
+        entry = self.entry(round_number, stage)
+        if entry is None:
+            raise UserError(f"{self.root}: stage {stage} of round {round_number} is not finished")
+        for path, _, digest in self._recorded(entry):
+            if not path.is_file() or sha256(path) != digest:
+                raise UserError(
+                    f"{path} is missing or has changed since stage {stage} of round {round_number} "
+                    "was finished; restore it, or delete it to have the stage done again"
+                )
+
+    def finish(self, round_number: int, stage: str, files: Iterable[Path], seconds: float) -> None:
+        """Record a finished stage; a directory stands for all files in it.
+
+        Args:
+          round_number: from 1; 0 for what belongs to the run, not to a round.
+          stage: lower-case name.
+          files: existing paths inside the workdir.
+          seconds: wall-clock time of the stage, for the summary.
+        """
+        recorded = []
+        for path in files:
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            for file in inside:
+                relative = file.absolute().relative_to(self.root.absolute()).as_posix()
+                recorded.append(
+                    {"path": relative, "size": file.stat().st_size, "sha256": sha256(file)}
+                )
+        entry = {
+            "round": round_number,
+            "stage": _checked_name(stage),
+            "finished_at": _now(),
+            "seconds": round(float(seconds), 3),
+            "files": recorded,
+        }
+        manifest = self._read_manifest()
+        others = [
+            e for e in manifest["stages"] if (e["round"], e["stage"]) != (round_number, stage)
+        ]
+        self._write_manifest({**manifest, "stages": [*others, entry]})
+
+    def entry(self, round_number: int, stage: str) -> dict[str, Any] | None:
+        """The manifest's entry of a stage, or None."""
+        for entry in self._read_manifest()["stages"]:
+            if (entry["round"], entry["stage"]) == (round_number, _checked_name(stage)):
+                return entry
+        return None
+
+    def rounds(self) -> int:
+        """The last round of which a stage is finished; 0 for none."""
+        return max((entry["round"] for entry in self._read_manifest()["stages"]), default=0)
+
+    def seconds(self, round_number: int) -> dict[str, float]:
+        """Stage -> wall-clock seconds of the finished stages of a round."""
+        stages = self._read_manifest()["stages"]
+        return {e["stage"]: e["seconds"] for e in stages if e["round"] == round_number}
+
+    def _recorded(self, entry: Mapping[str, Any]) -> list[tuple[Path, int, str]]:
+        found = []
+        for file in entry["files"]:
+            relative = PurePosixPath(file["path"])
+            if relative.is_absolute() or ".." in relative.parts:
+                raise UserError(
+                    f"{self.manifest_file}: file {file['path']!r} leads out of the workdir; the "
+                    "manifest was edited or comes from elsewhere: restore it"
+                )
+            found.append((self.root / relative, file["size"], file["sha256"]))
+        return found
+
+    def _read_manifest(self) -> dict[str, Any]:
+        if self._manifest is None:
+            manifest = read_json(self.manifest_file)
+            manifest = manifest if isinstance(manifest, dict) else {}
+            schema = manifest.get("schema")
+            if schema != SCHEMA or not isinstance(manifest.get("stages"), list):
+                raise UserError(
+                    f"{self.manifest_file} has schema {schema!r}, this version of oel_jax reads "
+                    f"{SCHEMA!r}; use a new --workdir"
+                )
+            self._manifest = manifest
+        return self._manifest
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_json(self.manifest_file, manifest)
+        self._manifest = manifest
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name for an artifact; use lower-case letters, digits and _"
+        )
+    return name
+
+
+def _show(value: Any) -> str:
+    return "(absent)" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Text from the model: slots, prefill and decode, cached attention, sampling."""

@@ -1,4 +1,0 @@
-"""What a study is made of: its plan, the shelf its runs share, its results and plots.
-
-The command is `oel_jax/study.py`; study files are in `configs/studies/`.
-"""
