@@ -51,9 +51,7 @@ def default() -> ml_collections.ConfigDict:
     # a directory, or a bucket (gs://, s3://, az://) if the package that JAX needs for it is there
     c.compilation_cache = ""  # XLA's compiled programs; '' = ~/.cache/oel_jax/xla, 'off' = none
     c.profile = ""  # 'step:10..12' traces these optimizer steps for TensorBoard's profiler
-    c.negative_control = (
-        "none"  # breaks the method on purpose, see oel_jax/config/negative_control.py
-    )
+    c.negative_control = "none"  # breaks the method on purpose, see config/negative_control.py
 
     c.model = m = ml_collections.ConfigDict()
     m.path = "Qwen/Qwen3-4B"  # 'nano', 'nano:tiny' (bundled), a directory, or a hub id

@@ -24,7 +24,7 @@ game is one class and one `register` call; this is a complete one:
             return self._news
 
         def step(self, response):
-            action = games.parse_action(response)
+            action = environments.parse_action(response)
             self.turns += 1
             self.passed = action == ("[left]", "[right]")[self.seed % 2]
             self._news = f"{action} is empty."
@@ -37,7 +37,7 @@ game is one class and one `register` call; this is a complete one:
         def board_id(self):
             return str(self.seed % 2)
 
-    games.register("side", GuessTheSide)
+    environments.register("side", GuessTheSide)
 
 In a file, it is given to a run as `--game_module=FILE.py --config.game.name=side`.
 

@@ -34,7 +34,7 @@ from oel_jax.distill.step import (
     update,
     zeros_like,
 )
-from oel_jax.distill.topk_kl import KLConfig
+from oel_jax.distill.topk_kl import KLConfig, pick_support
 from oel_jax.files import write_json
 from oel_jax.learner import guards
 from oel_jax.learner.contexts import own_contexts, texts_of_round

@@ -22,6 +22,7 @@ from oel_jax.files import read_json, write_json
 from oel_jax.learner.contexts import no_experience, of_another_run, raw_trajectories
 from oel_jax.learner.history import with_markers
 from oel_jax.machine import preemption
+from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes

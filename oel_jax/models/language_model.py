@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from oel_jax.chat.tokenizer import Tokenizer
 from oel_jax.errors import UserError
 from oel_jax.models.agreement import check_ids, fitting_tokenizer
+from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import Params, forward, unembed
 from oel_jax.models.huggingface import load_params, resolve

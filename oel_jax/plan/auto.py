@@ -16,6 +16,7 @@ import ml_collections
 
 from oel_jax.config.defaults import AUTO_SLOTS, auto_fields, has_extractor, with_fields
 from oel_jax.errors import UserError
+from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.huggingface import resolve
 from oel_jax.parallel import processes

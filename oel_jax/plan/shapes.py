@@ -5,6 +5,7 @@ from typing import Any
 
 from oel_jax.errors import UserError
 from oel_jax.machine import paths
+from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.config import ModelConfig
 
 # hidden, layers, heads, kv heads, head size, mlp, vocabulary, tied

@@ -31,6 +31,7 @@ from oel_jax.config.file import config_changes, load_config
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_bytes, write_json
 from oel_jax.machine import paths, preemption
+from oel_jax.models.bundled import resolve_bundled
 from oel_jax.runs.metrics import printable
 from oel_jax.runs.workdir import Workdir, lock_directory
 from oel_jax.study.definitions import (

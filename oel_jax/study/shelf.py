@@ -23,6 +23,7 @@ import ml_collections
 
 from oel_jax.config.defaults import as_json, extraction_template, leaves
 from oel_jax.files import read_json, write_json
+from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.runs.metrics import read as read_metrics
 from oel_jax.runs.session import Run

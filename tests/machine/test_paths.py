@@ -173,7 +173,7 @@ def test_a_local_directory_for_compiled_programs(cache_setting, tmp_path):
 def places(tmp_path: Path, **environment) -> tuple[str, str, str]:
     """(compiled programs, hub, notes) of a new process; a value None unsets a variable."""
     script = (
-        "from oel_jax import caches; print(caches.compiled_programs()); "
+        "from oel_jax.machine import caches; print(caches.compiled_programs()); "
         "caches.set_hugging_face_home(); import huggingface_hub.constants as c; "
         "print(c.HF_HUB_CACHE)"
     )

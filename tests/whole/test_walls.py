@@ -85,7 +85,7 @@ def test_the_server_side_never_imports_a_game(room):
     )
 
 
-@pytest.mark.parametrize("room", ["data", "runs.workdir", "environments", "report"])
+@pytest.mark.parametrize("room", ["data", "runs.workdir", "environments", "config.defaults"])
 def test_rooms_without_jax(room):
     jax = ["jax", "jaxlib", "flax", "optax", "orbax", "jaxtyping"]
     assert violations(ROOT, [room], jax) == []
