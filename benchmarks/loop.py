@@ -23,14 +23,12 @@ import ml_collections
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.actor.deploy import deploy
-from oel_jax.config.defaults import as_json
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.learner.extract import extract
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.runs.metrics import Metrics, read
-from oel_jax.runs.session import Run
-from oel_jax.runs.workdir import Workdir
+from oel_jax.runs.metrics import read
+from oel_jax.runs.session import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {"nano": "nano_frozen_lake", "nano_sokoban": "nano_sokoban"}
@@ -64,6 +62,7 @@ class Extraction:
             config.sampler.slots = config.sampler.prefill_rows = slots
         # Of the games whose prefixes are trained on, which are none of this, a single one.
         config.consolidate.steps = config.deploy.games_per_step = 1
+        config.log.tensorboard = False
         self.config, self.workdir = config, workdir
         self.texts: list[str] = []
         self.calls: list[float] = []  # seconds of the extractor's calls alone
@@ -72,15 +71,13 @@ class Extraction:
         shutil.rmtree(self.workdir, ignore_errors=True)
         with (
             contextlib.redirect_stdout(io.StringIO()),
-            Workdir(self.workdir).open(as_json(self.config)) as opened,
-            Metrics(opened, tensorboard=False) as metrics,
+            open_run(self.config, self.workdir, make_mesh(1, 1, jax.devices()[:1])) as run,
         ):
-            run = Run(self.config, opened, metrics, make_mesh(1, 1, jax.devices()[:1]))
             deploy(run, 1)
             began = time.perf_counter()
             extract(run, 1)
             self.calls.append(time.perf_counter() - began)
-            self.texts = read_json(opened.knowledge(1))["texts"]
+            self.texts = read_json(run.workdir.knowledge(1))["texts"]
 
 
 def load_config(path: Path, fields: list[str]) -> ml_collections.ConfigDict:

@@ -14,7 +14,6 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,11 +74,10 @@ def run(
     from oel_jax.loop import learn
     from oel_jax.nano.skills import check_skills
     from oel_jax.parallel import processes
-    from oel_jax.parallel.mesh import host_mesh, make_mesh
+    from oel_jax.parallel.mesh import make_mesh
     from oel_jax.plan.auto import settle
-    from oel_jax.runs.metrics import Metrics, NoMetrics
-    from oel_jax.runs.session import Run, check_model, keep_compiled, start_directory
-    from oel_jax.runs.workdir import Workdir
+    from oel_jax.runs.policies import check_model, start_directory
+    from oel_jax.runs.session import keep_compiled, open_run
 
     keep_compiled(config.compilation_cache)
     config, decided = settle(config)
@@ -91,20 +89,17 @@ def run(
         check_first_prompts(config, load_tokenizer(start_directory(config)))
     check_other_run(config)
     check_skills(config)
-    first, plain = processes.is_first(), as_json(config)
-    opened = Workdir(workdir)
-    with opened.open(plain, allow_change=allow_config_change) if first else nullcontext():
+    with open_run(config, workdir, mesh, allow_config_change=allow_config_change) as opened:
+        root = opened.workdir.root
         for remark in remarks:
             print(f"note: {remark}")
         if decided:
             print(decided)
         devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s)"
         hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
-        print(f"oel_jax: {devices}{hosts}, config {name}, workdir {opened.root}")
-        processes.wait("workdir is open")
-        with Metrics(opened, config.log.tensorboard) if first else NoMetrics() as metrics:
-            learn(Run(config, opened, metrics, mesh, host_mesh(mesh)), stages)
-        print(f"\nfiles: {opened.root}   curves: tensorboard --logdir {opened.root.parent}")
+        print(f"oel_jax: {devices}{hosts}, config {name}, workdir {root}")
+        learn(opened, stages)
+        print(f"\nfiles: {root}   curves: tensorboard --logdir {root.parent}")
 
 
 def _run_together() -> None:

@@ -13,14 +13,12 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from oel_jax.config.defaults import as_json
 from oel_jax.files import read_json, write_json
 from oel_jax.loop import STAGES, learn
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.runs.metrics import Metrics, read
-from oel_jax.runs.session import Run
-from oel_jax.runs.workdir import Workdir
+from oel_jax.runs.metrics import read
+from oel_jax.runs.session import Run, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO_CONFIG = ROOT / "configs" / "nano_frozen_lake.py"
@@ -86,9 +84,9 @@ def as_flags(**changes) -> list[str]:
 @contextmanager
 def opened(workdir: Path, config: ml_collections.ConfigDict, change: bool = False) -> Iterator[Run]:
     """A `Run` on one device, as main makes it."""
-    with Workdir(workdir).open(as_json(config), allow_change=change) as directory:
-        with Metrics(directory, config.log.tensorboard) as metrics:
-            yield Run(config, directory, metrics, make_mesh(1, 1, jax.devices()[:1]))
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    with open_run(config, workdir, mesh, allow_config_change=change) as run:
+        yield run
 
 
 def go(

@@ -32,7 +32,8 @@ from oel_jax.models.shared_prefix import SHARED_FROM, common_prefix
 from oel_jax.parallel import processes
 from oel_jax.runs.console import Progress, waiting
 from oel_jax.runs.metrics import table
-from oel_jax.runs.session import Run, sampling
+from oel_jax.runs.samplers import sampling
+from oel_jax.runs.session import Run
 from oel_jax.sampler.requests import Completion, Request
 from oel_jax.sampler.sampler import Sampler
 from oel_jax.sampler.sampling import Sampling

@@ -18,7 +18,8 @@ from oel_jax.files import write_json
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.intervals import board_clustered_interval
-from oel_jax.runs.session import Run, sampling
+from oel_jax.runs.samplers import sampling
+from oel_jax.runs.session import Run
 from oel_jax.runs.workdir import samples_of
 
 SAMPLED = 6  # boards, from the first, whose game of the first seed is kept whole

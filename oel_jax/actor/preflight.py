@@ -31,7 +31,8 @@ from oel_jax.parallel import processes
 from oel_jax.report.gains import points
 from oel_jax.report.intervals import board_clustered_interval, paired_difference
 from oel_jax.runs.metrics import table
-from oel_jax.runs.session import Run, sampling
+from oel_jax.runs.samplers import sampling
+from oel_jax.runs.session import Run
 
 
 def preflight(run: Run, round_number: int) -> list[Path]:

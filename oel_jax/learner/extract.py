@@ -28,7 +28,8 @@ from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.runs.console import waiting
 from oel_jax.runs.metrics import printable
-from oel_jax.runs.session import Run, sampling
+from oel_jax.runs.samplers import sampling
+from oel_jax.runs.session import Run
 from oel_jax.sampler.requests import Completion, Request
 
 

@@ -25,6 +25,7 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from oel_jax.errors import TryAgain, UserError
+from oel_jax.files import read_json
 from oel_jax.machine import preemption
 from oel_jax.parallel import meeting
 
@@ -193,6 +194,11 @@ def exchange(value: Any) -> list[Any]:
 def from_first(value: _T) -> _T:
     """What process 0 says: for all that files or clocks decide."""
     return value if count() == 1 else exchange(value if is_first() else None)[0]
+
+
+def json_from_first(path: Path) -> Any:
+    """A JSON file that process 0 may just have written: what it reads there, on all processes."""
+    return from_first(read_json(path) if is_first() else None)
 
 
 def any_says(flag: bool) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from oel_jax.models.attention import key_tile
 from oel_jax.models.config import ModelConfig
 from oel_jax.plan.programs import Arrays, Program
-from oel_jax.plan.workload import Slots
+from oel_jax.runs.samplers import SamplerLayout
 from oel_jax.sampler.slots import cache_block
 
 
@@ -149,13 +149,13 @@ def cost(program: Program, arrays: Arrays) -> Cost:
     return Cost(moved / 4 * 5, moved + sum(program.bytes[k] for k in ("student", "optimizer")), 0.0)
 
 
-def _slots(arrays: Arrays, stage: str) -> Slots:
+def _slots(arrays: Arrays, stage: str) -> SamplerLayout:
     work = arrays.work
     named = {"play with knowledge": work.informed, "extract": work.extractor}
     return named.get(stage) or work.play
 
 
-def _sampling_cost(count: _Counter, kind: str, program: Program, s: Slots) -> Cost:
+def _sampling_cost(count: _Counter, kind: str, program: Program, s: SamplerLayout) -> Cost:
     rows, tokens, seen = program.sizes
     cfg, here = count.cfg, program.sizes[0] / count.fsdp
     # Whole blocks of the cache are read, as far as the longest slot reaches.

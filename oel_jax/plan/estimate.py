@@ -13,7 +13,8 @@ from oel_jax.plan.costs import Cost, cost, rough_temporaries
 from oel_jax.plan.measure import Compiled
 from oel_jax.plan.programs import Arrays, Program, living, programs
 from oel_jax.plan.targets import Target
-from oel_jax.plan.workload import Amounts, Assumptions, Slots, amounts
+from oel_jax.plan.workload import Amounts, Assumptions, amounts
+from oel_jax.runs.samplers import SamplerLayout
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _again(plan: Plan, name: str, tokens: float) -> float:
     return plan.time(replace(other, sent=sent), program).seconds * math.ceil(tokens / chunk)
 
 
-def _answers(plan: Plan, stage: str, s: Slots, count: float, prompt: float) -> float:
+def _answers(plan: Plan, stage: str, s: SamplerLayout, count: float, prompt: float) -> float:
     """Seconds for so many answers to prompts with so many new tokens, shared by all processes."""
     if not count:
         return 0.0
@@ -185,7 +186,7 @@ def _answers(plan: Plan, stage: str, s: Slots, count: float, prompt: float) -> f
     return prefill + steps * _one(plan, f"decode, {stage}") / (1 + s.draft)
 
 
-def _extraction(plan: Plan, s: Slots, amount: Amounts) -> float:
+def _extraction(plan: Plan, s: SamplerLayout, amount: Amounts) -> float:
     """Chains grow in lock-step: each wave waits for its longest answer."""
     a, config = plan.assumed, plan.arrays.config
     calls = amount.extractor_calls / amount.extractor_waves / plan.target.processes

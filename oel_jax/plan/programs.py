@@ -24,11 +24,12 @@ from oel_jax.models.cache_storage import platform_of, stored_dtype
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues, abstract_params, param_shardings
 from oel_jax.models.language_model import DTYPES
-from oel_jax.models.shared_prefix import PREFIX, encode_rows
+from oel_jax.models.shared_prefix import PREFIX, encode_rows, padded_length
 from oel_jax.parallel.mesh import device_bytes, spec, whole_place
 from oel_jax.parallel.offload import HOST, parts
-from oel_jax.plan.workload import Layout, Slots, Workload
-from oel_jax.runs.session import sampling
+from oel_jax.plan.workload import Layout, Workload
+from oel_jax.runs.policies import sampler_params
+from oel_jax.runs.samplers import SamplerLayout, sampling
 from oel_jax.sampler.sampling import Sampling
 from oel_jax.sampler.slots import Piece, SlotState, abstract_state, decode, extend
 
@@ -101,15 +102,13 @@ class Arrays:
         return _placed(_shapes(cfg, dtype), param_shardings(cfg, mesh), dtype)
 
     def played_with(self, params: Any) -> Any:
-        """Weights as the sampler reads them, see `Run.played_with`."""
-        if self.config.sampler.weights == "split":
-            return params
+        """Weights in the form in which the sampler reads them."""
 
-        def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        def gathered(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             place = whole_place(leaf.sharding)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-        return params | {"layers": jax.tree.map(whole, params["layers"])}
+        return sampler_params(self.config, params, lambda tree: jax.tree.map(gathered, tree))
 
     @property
     def copy(self) -> int:
@@ -150,7 +149,7 @@ class Arrays:
         """[count, *rest], rows split over the devices."""
         return self.array(mesh, dtype, (count, *rest), "batch", *[None] * len(rest))
 
-    def state(self, cfg: ModelConfig, s: Slots) -> SlotState:
+    def state(self, cfg: ModelConfig, s: SamplerLayout) -> SlotState:
         """The sampler's slots, on the devices of one process."""
         return abstract_state(
             cfg,
@@ -260,14 +259,15 @@ def programs(arrays: Arrays) -> Iterator[Program]:
 
 
 def _sampling(
-    a: Arrays, stage: str, cfg: ModelConfig, s: Slots, how: Sampling, weights: Any = None
+    a: Arrays, stage: str, cfg: ModelConfig, s: SamplerLayout, how: Sampling, weights: Any = None
 ) -> Iterator[Program]:
     """Reading a piece of some prompts, and writing a token of every slot."""
     mesh, state = a.layout.host, a.state(cfg, s)
     if weights is None:
         weights = a.policy if cfg is a.cfg else a.played_with(a._params(cfg, a.dtype, mesh))
     none = a.array(mesh, jnp.int32, ())
-    piece = Piece(a.rows(mesh, s.rows, s.chunk), *[a.rows(mesh, s.rows) for _ in range(4)], none)
+    chunk = padded_length(min(a.config.sampler.prefill_chunk, s.prompt))
+    piece = Piece(a.rows(mesh, s.rows, chunk), *[a.rows(mesh, s.rows) for _ in range(4)], none)
     given = {"policy": weights, "KV cache": state}
     yield Program(
         f"prefill, {stage}",
@@ -275,7 +275,7 @@ def _sampling(
         mesh,
         given | {"batch": piece},
         lambda: extend.lower(cfg, weights, state, piece),
-        (s.rows, s.chunk, s.length // 2 + s.shared),
+        (s.rows, chunk, s.length // 2 + s.shared),
     )
     # Which ids end an answer, and which are padding, is the tokenizer's business; it costs nothing.
     static = {"how": how, "limit": cfg.vocab_size, "stop_ids": (1,), "draft": s.draft}

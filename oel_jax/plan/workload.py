@@ -12,10 +12,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from oel_jax.config.defaults import extractor_budget, has_extractor, play_budget
+from oel_jax.config.defaults import has_extractor, play_budget
 from oel_jax.distill.packing import Sample, Shape, plan
 from oel_jax.models.shared_prefix import SHARED_FROM, padded_length
-from oel_jax.runs.session import Run
+from oel_jax.runs.samplers import (
+    SamplerLayout,
+    extraction_layout,
+    extraction_width,
+    play_layout,
+)
 
 
 @dataclass(frozen=True)
@@ -87,29 +92,6 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """One sampler, as `Run.sampler` would make it.
-
-    Attributes:
-      slots, rows: sequences decoded, and encoded, at once.
-      length: tokens of a slot's cache.
-      response: tokens of an answer at most.
-      lanes, shared: shared prefixes held at once, and their tokens.
-      chunk: tokens of a piece of a prompt.
-      draft: tokens drafted in a pass.
-    """
-
-    slots: int
-    rows: int
-    length: int
-    response: int
-    lanes: int
-    shared: int
-    chunk: int
-    draft: int = 0
-
-
-@dataclass(frozen=True)
 class Workload:
     """All sizes of a run on one mesh.
 
@@ -125,9 +107,9 @@ class Workload:
       filled: share of the tokens of these micro-batches that are not padding.
     """
 
-    play: Slots
-    informed: Slots | None
-    extractor: Slots | None
+    play: SamplerLayout
+    informed: SamplerLayout | None
+    extractor: SamplerLayout | None
     knowledge: int
     texts: int
     widest: Shape
@@ -138,30 +120,22 @@ class Workload:
 
 def samplers(
     config: ml_collections.ConfigDict, layout: Layout, header: int
-) -> tuple[Slots, Slots | None, Slots | None]:
-    """The samplers of one process: of play, of play with knowledge, and of the extractor."""
-    run = Run(config, None, None, layout.mesh, layout.host)  # what it knows of slots; opens nothing
-    e, s = config.extract, config.sampler
+) -> tuple[SamplerLayout, SamplerLayout | None, SamplerLayout | None]:
+    """The samplers of one process: of play, of play with knowledge, and of the extractor.
 
-    def made(prompt: int, response: int, slots: int, texts: int, shared: int, draft: int = 0):
-        rows = min(s.prefill_rows, slots)
-        lanes = run.lanes(texts, slots)
-        length = s.max_len or prompt + response
-        chunk = padded_length(min(s.prefill_chunk, prompt))
-        return Slots(slots, rows, length, response, lanes, shared, chunk, draft)
-
-    prompt, response = play_budget(config, False)
-    play = made(prompt, response, run.slots(), 1, header if header >= SHARED_FROM else 0)
+    Args:
+      header: tokens that all prompts of a game begin with.
+    """
+    fsdp, e = layout.host.shape["fsdp"], config.extract
+    play = play_layout(
+        config, fsdp, informed=False, texts=1, shared=header if header >= SHARED_FROM else 0
+    )
     informed = extractor = None
     texts = e.chains if e.experience in ("knowledge", "raw") else 0
     if texts and (config.evaluate.in_context or config.evaluate.curve or config.preflight.games):
-        more = prompt + SHARED_FROM + 16  # as `evaluate`
-        informed = made(more, response, run.slots(), texts, header + e.l_max)
+        informed = play_layout(config, fsdp, informed=True, texts=texts, shared=header + e.l_max)
     if has_extractor(config):
-        longest, budget = extractor_budget(config)
-        width = 1 if e.previous else max(1, s.slots // e.chains)
-        slots = run.slots(width * -(-e.chains // layout.processes))
-        extractor = made(longest, budget, slots, 0, 0, e.draft_tokens)
+        extractor = extraction_layout(config, fsdp, -(-e.chains // layout.processes))
     return play, informed, extractor
 
 
@@ -240,7 +214,7 @@ def amounts(config: ml_collections.ConfigDict, assumed: Assumptions) -> Amounts:
     with_text = int(e.experience != "none" and v.in_context) + len(v.curve)
     plain = held_out * (1 + len(v.steps)) + config.preflight.games
     calls = e.chains * e.n_run if has_extractor(config) else 0
-    width = 1 if e.previous else max(1, config.sampler.slots // e.chains)
+    width = extraction_width(config)
     return Amounts(
         deploy=assumed.turns * (chains * e.n_run + trained * (2 if off_policy else 1)),
         informed=assumed.turns * (held_out * with_text + config.preflight.games * e.chains),

@@ -1,9 +1,10 @@
-"""What every stage of a run shares: config, files, metrics, devices, and how to load a policy."""
+"""The record of a run, which the stages take, and how it is opened."""
 
 import datetime
 import importlib.util
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,31 +12,20 @@ import jax
 import ml_collections
 import numpy as np
 
-from oel_jax.machine import caches
-from oel_jax.machine import compile_cache
-from oel_jax.machine import paths
-from oel_jax.config.fit import validate_against_model
+from oel_jax.config.defaults import as_json
 from oel_jax.config.rules import BUCKETS
-from oel_jax.parallel.offload import check_offload
 from oel_jax.errors import UserError
-from oel_jax.models.agreement import fitting_tokenizer
-from oel_jax.models.config import ModelConfig
-from oel_jax.models.huggingface import resolve
-from oel_jax.models.bundled import resolve_bundled
-from oel_jax.models.language_model import DTYPES, LanguageModel, load_model
+from oel_jax.machine import caches, compile_cache, paths
 from oel_jax.models.decoder import Params
-from oel_jax.sampler.requests import request_key
+from oel_jax.models.language_model import LanguageModel
+from oel_jax.parallel import processes
+from oel_jax.parallel.mesh import host_mesh
+from oel_jax.runs import keys, policies, samplers
+from oel_jax.runs.console import Progress
+from oel_jax.runs.metrics import Metrics, NoMetrics
+from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler
 from oel_jax.sampler.sampling import Sampling
-from oel_jax.models.weight_files import open_weights
-from oel_jax.runs.metrics import Metrics
-from oel_jax.parallel import processes
-from oel_jax.parallel.mesh import whole
-from oel_jax.runs.console import Progress, waiting
-from oel_jax.runs.workdir import Workdir
-from oel_jax.files import read_json
-
-LANES = 4  # knowledge texts that are played with at the same time, at most
 
 
 class Shelf(Protocol):
@@ -48,107 +38,67 @@ class Shelf(Protocol):
         """Offer a finished stage."""
 
 
-@dataclass(repr=False)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """One run in its workdir.
+    """One run in its workdir: what a stage is given. `open_run` makes it.
 
     Attributes:
       config: validated; see `oel_jax.config.defaults.default` for every field.
       workdir: names of all files, record of finished stages.
       metrics: TensorBoard and metrics.jsonl.
-      mesh: axes ('fsdp', 'tp'), over the devices of all processes.
-      host: the part of it that lies in this process, where games are played and texts written.
-      shelf: in a study, where runs find stages that another run has finished with equal inputs.
+      mesh: axes ('fsdp', 'tp'), over the devices of all processes: where is trained.
+      host: the part of it in this process, where games are played and texts written.
       today: the date in all prompts whose template shows one; the same on all processes.
+      shelf: in a study, where runs find stages that another run has finished with equal inputs.
     """
 
     config: ml_collections.ConfigDict
     workdir: Workdir
-    metrics: Metrics
+    metrics: Metrics | NoMetrics
     mesh: jax.sharding.Mesh
-    host: jax.sharding.Mesh | None = None
+    host: jax.sharding.Mesh
+    today: datetime.datetime
     shelf: Shelf | None = None
-    today: datetime.datetime | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.host = self.host or self.mesh
-        if self.workdir:  # the planner has none
-            shown = self.workdir.today.isoformat() if processes.is_first() else ""
-            self.today = datetime.datetime.fromisoformat(processes.from_first(shown))
 
     def __repr__(self) -> str:
         """One line for notebooks; `config` prints all fields."""
         game, model = self.config.game.name, self.config.model.path
         return f"Run({game}, {model}, {self.config.rounds} rounds, {self.workdir.root})"
 
+    # The methods below are short for functions of `policies`, `samplers` and `keys`.
+
     def policy_directory(self, round_number: int) -> Path:
-        """Hugging Face directory of P_r, the policy at the start of round `round_number`."""
-        if round_number == 1:
-            return start_directory(self.config)
-        return self.workdir.policy(round_number - 1)
+        return policies.policy_directory(self.config, self.workdir, round_number)
 
     def load(
         self, directory: Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
     ) -> LanguageModel:
-        """Load a model and check the config against it.
-
-        Args:
-          dtype: of the weights; the compute dtype if not given.
-          mesh: where they live; this process's own devices if not given.
-        """
-        check_model(self.config, directory, self.mesh)
-        dtype = dtype or self.config.model.dtype
-        check = self.config.model.check_weights
-        with waiting(f"loading {directory}"):
-            return load_model(
-                directory,
-                dtype=dtype,
-                mesh=mesh or self.host,
-                today=self.today,
-                check_weights=check,
-            )
+        where = mesh or self.host
+        return policies.load_policy(
+            self.config, directory, where, today=self.today, dtype=dtype or ""
+        )
 
     def policy(self, round_number: int, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-        """P_r in the compute dtype, on another mesh, or on this process's devices to play with."""
         model = self.load(self.policy_directory(round_number), mesh=mesh)
         return model if mesh else self.player(model)
 
     def player(self, model: LanguageModel) -> LanguageModel:
-        """A model of this process's devices as the sampler is to read it."""
         return replace(model, params=self.played_with(model.params))
 
     def played_with(self, params: Params) -> Params:
-        """Weights as the sampler is to read them (`sampler.weights`).
-
-        The vocabulary matrices stay split: only a slice of them is ever needed on a device.
-        """
-        if self.config.sampler.weights == "split":
-            return params
-        return params | {"layers": whole(params["layers"])}
+        return policies.sampler_params(self.config, params)
 
     def read_json(self, path: Path) -> Any:
-        """A JSON file that another process may just have written; the same on all processes."""
-        return processes.from_first(read_json(path) if processes.is_first() else None)
+        return processes.json_from_first(path)
 
     def finished(self, round_number: int, stage: str) -> bool:
-        """Whether a stage is recorded as finished, the same answer on all processes."""
-        return processes.from_first(
-            processes.is_first() and self.workdir.finished(round_number, stage)
-        )
+        return finished(self.workdir, round_number, stage)
 
     def slots(self, wanted: int = 0) -> int:
-        """Slots of a sampler: the config's, or as few as `wanted` needs on this mesh."""
-        fsdp, most = self.host.shape["fsdp"], self.config.sampler.slots
-        return min(most, -(-wanted // fsdp) * fsdp) if wanted else most
+        return samplers.slot_count(self.config, self.host.shape["fsdp"], wanted)
 
     def lanes(self, texts: int, slots: int) -> int:
-        """How many of `texts` shared prefixes are read at once; their slots are equally many.
-
-        With several, slots that one text no longer needs do not stand still until all its games
-        have ended; with many, each is read for few slots.
-        """
-        each = slots // self.host.shape["fsdp"]
-        return max(m for m in range(1, LANES + 1) if m == 1 or (m <= texts and each % m == 0))
+        return samplers.lane_count(self.host.shape["fsdp"], texts, slots)
 
     def sampler(
         self,
@@ -161,54 +111,68 @@ class Run:
         prefixes: Iterable[tuple[int, ...]] = (),
         draft: int = 0,
     ) -> Sampler:
-        """A sampler for prompts of up to `prompt` tokens and responses of up to `response`.
-
-        Args:
-          slots: use fewer than the config's when there is less to do at once.
-          prefixes: beginnings that prompts share; `prompt` does not count them.
-          draft: tokens to draft in each pass.
-        """
-        s = self.config.sampler
         prefixes = {prefix for prefix in prefixes if prefix}
-        slots = self.slots(slots)
-        rows = min(s.prefill_rows, slots)
-        return Sampler(
-            model.cfg,
-            self.host,
-            slots=slots,
-            max_len=s.max_len or prompt + response,
-            max_new=response,
-            how=how,
-            limit=model.vocab_limit,
-            stop_ids=model.tokenizer.stop_ids,
-            dtype=DTYPES[self.config.model.dtype],
-            decode_steps=s.decode_steps,
-            prefill_rows=rows,
-            prefill_chunk=s.prefill_chunk,
-            longest_prefix=max(map(len, prefixes), default=0),
-            prefixes=self.lanes(len(prefixes), slots),
-            block=self.config.model.attention_block,
-            overlap=s.overlap,
+        sizes = samplers.layout(
+            self.config,
+            self.host.shape["fsdp"],
+            prompt=prompt,
+            response=response,
+            requests=slots,
+            texts=len(prefixes),
+            shared=max(map(len, prefixes), default=0),
             draft=draft,
         )
+        return samplers.build_sampler(self.config, model, self.host, how, sizes)
 
     def key(self, purpose: str, *parts: object) -> np.ndarray:
-        """Random key of one generation; depends on the loop seed and on `parts` alone."""
-        return request_key(self.config.seed, purpose, *parts)
+        return keys.generation_key(self.config, purpose, *parts)
 
     def chain_key(self, chain: int, purpose: str, *parts: object) -> np.ndarray:
-        """Key of a generation that belongs to a chain seed (evaluation, extraction).
-
-        With `evaluate.seed_mode='constant'` all requests of a chain share one noise stream, as the
-        released code does (spec section 5).
-        """
-        if self.config.evaluate.seed_mode == "constant":
-            return self.key("constant", 50 * (chain + 1))
-        return self.key(purpose, 50 * (chain + 1), *parts)
+        return keys.chain_key(self.config, chain, purpose, *parts)
 
     def progress(self, total: int, unit: str, label: str, done: int = 0) -> Progress:
-        """Console progress with rate and ETA."""
         return Progress(total, unit, label, every=self.config.log.console_every, done=done)
+
+
+@contextmanager
+def open_run(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    mesh: jax.sharding.Mesh,
+    *,
+    allow_config_change: bool = False,
+    today: datetime.datetime | None = None,
+    shelf: Shelf | None = None,
+) -> Iterator[Run]:
+    """Open a workdir, new or old, and hold its lock until the end of the with-block.
+
+    Args:
+      config: validated.
+      mesh: over the devices of all processes.
+      allow_config_change: accept a config that differs from the workdir's.
+      today: the date that a new run has; now, if not given.
+
+    Raises:
+      UserError: see `Workdir.open`.
+    """
+    first, directory = processes.is_first(), Workdir(workdir)
+    with (
+        directory.open(as_json(config), allow_change=allow_config_change, today=today)
+        if first
+        else nullcontext()
+    ):
+        processes.wait("workdir is open")
+        text = processes.from_first(directory.today.isoformat() if first else "")
+        host = host_mesh(mesh) if processes.count() > 1 else mesh
+        with Metrics(directory, config.log.tensorboard) if first else NoMetrics() as metrics:
+            yield Run(
+                config, directory, metrics, mesh, host, datetime.datetime.fromisoformat(text), shelf
+            )
+
+
+def finished(workdir: Workdir, round_number: int, stage: str) -> bool:
+    """Whether a stage is recorded as finished, the same answer on all processes."""
+    return processes.from_first(processes.is_first() and workdir.finished(round_number, stage))
 
 
 def keep_compiled(setting: str) -> None:
@@ -241,30 +205,3 @@ def _cache_text(setting: str) -> str:
                 f"{package}: install it, or give a directory of this machine, or 'off'"
             )
     return setting
-
-
-def start_directory(config: ml_collections.ConfigDict) -> Path:
-    """Hugging Face directory of P_1, downloaded if `config.model.path` is a hub id."""
-    return resolve(resolve_bundled(config.model.path))
-
-
-def check_model(
-    config: ml_collections.ConfigDict, directory: Path, mesh: jax.sharding.Mesh
-) -> None:
-    """Check a model's files against each other and the run's config, before weights are read.
-
-    Raises:
-      UserError: the directory is no model that this package runs, or the config does not fit it.
-    """
-    cfg = ModelConfig.from_directory(directory)
-    open_weights(directory, cfg)  # headers only
-    tokenizer = fitting_tokenizer(directory, cfg)
-    tokenizer.opens_thought(thinking=config.model.thinking)  # the template can be used
-    tokens = tokenizer.vocab_size
-    check_offload(config.consolidate, mesh)
-    validate_against_model(config, cfg, tokens, mesh.devices.size, processes.count())
-
-
-def sampling(section: ml_collections.ConfigDict) -> Sampling:
-    """Sampling settings of a config section (`deploy`, `extract`, `evaluate`)."""
-    return Sampling(section.temperature, section.top_k, section.top_p)

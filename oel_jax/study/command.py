@@ -176,7 +176,7 @@ def _check_models(planned: Sequence[Planned], devices: Sequence[Any] | None) -> 
     from oel_jax.models.huggingface import resolve
     from oel_jax.nano.skills import check_skills
     from oel_jax.parallel.mesh import make_mesh
-    from oel_jax.runs.session import check_model, start_directory
+    from oel_jax.runs.policies import check_model, start_directory
 
     for one in {run.variant.name: run for run in planned}.values():
         config, name = one.config, one.variant.name
@@ -235,15 +235,13 @@ def _run_one(
     """An ordinary run, with a shelf."""
     from oel_jax.loop import learn
     from oel_jax.parallel.mesh import make_mesh
-    from oel_jax.runs.metrics import Metrics
-    from oel_jax.runs.session import Run, keep_compiled
+    from oel_jax.runs.session import keep_compiled, open_run
 
     config = one.config
     keep_compiled(config.compilation_cache)
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
-    with Workdir(one.workdir).open(as_json(config), today=today) as workdir:
-        with Metrics(workdir, config.log.tensorboard) as metrics:
-            learn(Run(config, workdir, metrics, mesh, shelf=shelf), one.variant.stages)
+    with open_run(config, one.workdir, mesh, today=today, shelf=shelf) as run:
+        learn(run, one.variant.stages)
 
 
 def _drop_compiled() -> None:

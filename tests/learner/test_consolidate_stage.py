@@ -23,6 +23,7 @@ from oel_jax.parallel.mesh import make_mesh
 from oel_jax.report import page as report
 from oel_jax.runs.metrics import read as read_metrics
 from oel_jax.runs.workdir import Workdir
+from oel_jax.sampler.sampler import Sampler
 
 module = importlib.import_module("oel_jax.learner.consolidate")
 
@@ -219,17 +220,17 @@ def test_a_step_tells_its_memory_its_time_and_its_trace(finished_run, tmp_path, 
 def test_rollouts_read_their_common_beginning_once(finished_run, tmp_path, monkeypatch):
     """With and without the shared beginning: the same answers, less to encode."""
     made, answers = [], []
-    plan, sampler = module.plan, module.Run.sampler
+    plan, build = module.plan, Sampler.__init__
 
-    def watched_sampler(*words, **settings):
-        made.append(sampler(*words, **settings))
-        return made[-1]
+    def watched_build(sampler, *words, **settings):
+        build(sampler, *words, **settings)
+        made.append(sampler)
 
     def watched_plan(samples, *rest):
         answers.append([sample.response for sample in samples])
         return plan(samples, *rest)
 
-    monkeypatch.setattr(module.Run, "sampler", watched_sampler)
+    monkeypatch.setattr(Sampler, "__init__", watched_build)
     monkeypatch.setattr(module, "plan", watched_plan)
     for least in (1, 10_000):
         work = copy_of(finished_run, tmp_path / str(least), "consolidate", "evaluate")

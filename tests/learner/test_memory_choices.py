@@ -14,7 +14,7 @@ from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.parallel.offload import check_offload
 from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.runs.session import check_model
+from oel_jax.runs.policies import check_model
 
 module = importlib.import_module("oel_jax.learner.consolidate")
 BF16 = dict(model__dtype="bfloat16")

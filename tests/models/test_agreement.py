@@ -20,7 +20,7 @@ from oel_jax.models.config import ModelConfig
 from oel_jax.models.huggingface import copy_model, load_params
 from oel_jax.models.weight_files import all_finite, open_weights
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.runs.session import check_model
+from oel_jax.runs.policies import check_model
 
 WEIGHTS = "model.safetensors"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -23,7 +23,6 @@ from oel_jax.plan.collectives import array_bytes, parse
 from oel_jax.plan.measure import compiled
 from oel_jax.plan.shapes import KNOWN, hf_config, model_shape
 from oel_jax.plan.workload import Assumptions, Layout, amounts, samplers, workload
-from oel_jax.runs.session import Run
 from oel_jax.sampler.sampler import Sampler
 
 CONFIG = str(tiny_run.NANO_CONFIG)
@@ -110,13 +109,13 @@ def test_samplers_are_those_of_a_real_run(finished_run, tmp_path, monkeypatch):
     config = tiny_run.tiny_config()
     work = tiny_run.copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
     made = []
-    original = Run.sampler
+    original = Sampler.__init__
 
-    def spy(run, *given, **named):
-        made.append(original(run, *given, **named))
-        return made[-1]
+    def spy(sampler, *given, **named):
+        original(sampler, *given, **named)
+        made.append(sampler)
 
-    monkeypatch.setattr(Run, "sampler", spy)
+    monkeypatch.setattr(Sampler, "__init__", spy)
     tiny_run.go(work, config, ["extract", "consolidate", "evaluate"])
     mesh = make_mesh(1, 1, jax.devices()[:1])
     header = max(made[1].longest_prefix, 64)

@@ -20,7 +20,7 @@ from oel_jax.chat import template
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.data.prompts import with_knowledge
-from oel_jax.runs.session import Run
+from oel_jax.runs.session import open_run
 from oel_jax.data.trajectories import prefixes, read
 from oel_jax.runs.workdir import Workdir
 from oel_jax.files import read_json, write_json
@@ -137,8 +137,9 @@ def test_other_processes_take_the_date_of_the_first(tmp_path, clock, monkeypatch
         assert run.today == FIRST
     monkeypatch.setattr(processes, "is_first", lambda: False)
     monkeypatch.setattr(processes, "from_first", lambda value: LATER.isoformat())
-    other = Run(tiny_config(), Workdir(tmp_path / "not there"), None, mesh)
-    assert other.today == LATER
+    with open_run(tiny_config(), tmp_path / "not there", mesh) as other:
+        assert other.today == LATER
+    assert not (tmp_path / "not there").exists()  # process 0 makes it
 
 
 def test_the_harness_shows_the_date_of_the_run(tmp_path, clock, dated, monkeypatch):
