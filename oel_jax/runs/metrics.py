@@ -25,8 +25,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
 from oel_jax.errors import UserError
-from oel_jax.runs.workdir import Workdir
 from oel_jax.files import write_bytes
+from oel_jax.runs.workdir import Workdir
 
 Value = float | tuple[float, float]  # a number, or (sum, count), whose mean is written
 

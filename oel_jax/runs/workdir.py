@@ -35,9 +35,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from oel_jax.machine import paths
 from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_bytes, write_json
+from oel_jax.files import read_json, write_json
+from oel_jax.machine import paths
 
 SCHEMA = "oel.workdir/1"
 

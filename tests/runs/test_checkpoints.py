@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tiny_run import copy_of, go, results, tiny_config
 
-from oel_jax.runs import checkpoints
-from oel_jax.machine import preemption
-from oel_jax.learner import rollouts
-from oel_jax.learner import consolidate as stage
-from oel_jax.runs.checkpoints import RoundCheckpoints
-from oel_jax.learner.memory import Accumulator
 from oel_jax.errors import UserError
-from oel_jax.runs.metrics import read
+from oel_jax.learner import consolidate as stage
+from oel_jax.learner import rollouts
+from oel_jax.learner.memory import Accumulator
+from oel_jax.machine import preemption
 from oel_jax.parallel.mesh import make_mesh, spec
+from oel_jax.runs import checkpoints
+from oel_jax.runs.checkpoints import RoundCheckpoints
+from oel_jax.runs.metrics import read
 
 
 def opened(directory, every=1, minutes=0.0, keep=1):

@@ -7,23 +7,22 @@ import types
 from pathlib import Path
 
 import jax
-from oel_jax.models import bundled
 import pytest
 from tiny_run import copy_of, go, opened, tiny_config
 
-from oel_jax import nano
-from oel_jax.export import command as export
-from oel_jax.study import command as study
-from oel_jax.runs import workdir
-from oel_jax.errors import UserError
 from oel_jax.chat import template
+from oel_jax.data.prompts import with_knowledge
+from oel_jax.data.trajectories import prefixes, read
+from oel_jax.errors import UserError
+from oel_jax.export import command as export
+from oel_jax.files import read_json, write_json
+from oel_jax.models import bundled
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.data.prompts import with_knowledge
+from oel_jax.runs import workdir
 from oel_jax.runs.session import open_run
-from oel_jax.data.trajectories import prefixes, read
 from oel_jax.runs.workdir import Workdir
-from oel_jax.files import read_json, write_json
+from oel_jax.study import command as study
 
 CONFIG = {"seed": 0}
 FIRST = datetime.datetime(2026, 11, 28, 23, 58, 30)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from oel_jax.config import defaults as oel_config
-from oel_jax.runs import workdir as workdir_module
 from oel_jax.errors import UserError
-from oel_jax.runs.workdir import FREE_FIELDS, Workdir
 from oel_jax.files import read_json, write_json
+from oel_jax.runs import workdir as workdir_module
+from oel_jax.runs.workdir import FREE_FIELDS, Workdir
 
 CONFIG = {"seed": 0, "rounds": 2, "loss": {"top_k": 256, "chunk": 512}, "log": {"every": 5.0}}
 
@@ -257,7 +257,10 @@ def test_foreign_and_damaged_manifests_are_refused(tmp_path):
 
 
 def test_workdir_and_metrics_import_no_jax():
-    code = "import sys, oel_jax.runs.workdir, oel_jax.runs.metrics, oel_jax.config.defaults, oel_jax.report.intervals\n"
+    code = (
+        "import sys, oel_jax.runs.workdir, oel_jax.runs.metrics\n"
+        "import oel_jax.config.defaults, oel_jax.report.intervals\n"
+    )
     code += "print([m for m in ('jax', 'tensorflow', 'textarena') if m in sys.modules])"
     found = subprocess.run(
         [sys.executable, "-c", code],
