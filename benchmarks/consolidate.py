@@ -284,7 +284,7 @@ def step_flops(model: LanguageModel, given: Work) -> dict[str, float]:
     """FLOPs that each side's result needs at least: nothing recomputed, no padding, no text twice.
 
     The student's tokens go forward and backward (three products where forward has one), the
-    teacher's forward behind the cached text; logits of response positions alone.
+    teacher's forward after the cached text; logits of response positions alone.
     """
     cfg, cached = model.cfg, given.texts.shape[1]
     student = teacher = 0.0

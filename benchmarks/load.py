@@ -3,7 +3,7 @@
     python -m benchmarks.load [--model=qwen3_8b] [--layers=4] [--fsdp=8] [--tp=1]
 
 Writes a model of that shape with random bf16 weights into a temporary directory (4 layers of the 8B
-shape with its whole vocabulary: 4 GB), loads it in a process of its own and reports the most memory
+shape with its whole vocabulary: 4 GB), loads it in a separate process and reports the most memory
 that this process held beyond what it held before, as a multiple of the model's bytes. On virtual
 devices the loaded arrays are host memory themselves, so 1.0 is the least there can be.
 

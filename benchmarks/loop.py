@@ -2,10 +2,10 @@
 
     python -m benchmarks.loop [--preset=nano] [--set rounds=1 ...]
 
-The run is the ordinary command in a process of its own. Extraction, the games that the K chains
+The run is the ordinary command in a separate process. Extraction, the games that the K chains
 learn from and the extractor's calls, is then done again with the policy of round 1: all chains
 together, as always, and with one sampler slot, which is one chain after another. Both write the
-same texts. The extractor's calls alone are reported beside it.
+same texts. The extractor's calls alone are reported in addition.
 """
 
 import contextlib

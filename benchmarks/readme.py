@@ -91,7 +91,7 @@ def table(results: Path = RESULTS) -> str:
 
 
 def replaced(text: str, new: str) -> str:
-    """`text` with what stands between the marks replaced.
+    """`text` with what is between the marks replaced.
 
     Raises:
       ValueError: a mark is missing.

@@ -1,7 +1,7 @@
 """What all benchmarks share: interleaved repeats, ratios with their spread, bars, a JSON record.
 
 Only ratios of things measured in turn, in one process, on one device, are claims; seconds are
-printed beside them for orientation.
+printed next to them for orientation.
 """
 
 import argparse

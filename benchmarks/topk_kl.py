@@ -4,7 +4,7 @@
 
 The bound: four products per chunk of tokens (student's logits, teacher's logits, gradient of the
 hidden states, gradient of the output matrix) and nothing else. Memory is what the compiler reports
-for temporaries, beside the float32 logits of one side.
+for temporaries, in addition to the float32 logits of one side.
 """
 
 import sys

@@ -16,7 +16,7 @@ from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
-    """The recipe; `preset` ('paper', 'released') stands behind a colon: FILE.py:paper."""
+    """The recipe; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
     c = oel_config.default()
     c.rounds = 2
     c.model.path = "Qwen/Qwen3-4B"

@@ -19,7 +19,7 @@ from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
-    """The run's config; `preset` ('paper', 'released') stands behind a colon: FILE.py:paper."""
+    """The run's config; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
     c = oel_config.default()
     c.rounds = 3
 

@@ -1,7 +1,7 @@
 """Qwen3-4B-Instruct-2507 on Sokoban, no thinking, structured knowledge (paper Table 4, column 4).
 
 Expect (paper, Table 1, round 1, pass rate over 10 seeds): 7.5 % before, 18.2 % with knowledge in
-context, 21.4 % after consolidation; gains go on over three rounds (Fig. 4).
+context, 21.4 % after consolidation; gains continue over three rounds (Fig. 4).
 Floor: random actions 16.40 %, above the starting model; ceiling: perfect play in five moves 88.3 %.
 
 Cost, an estimate from spec 14.2 and not a measurement: 0.57 to 1.15 H100-hours of consolidation a
@@ -17,7 +17,7 @@ from oel_jax.config.presets import apply_preset
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
-    """The recipe; `preset` ('paper', 'released') stands behind a colon: FILE.py:paper."""
+    """The recipe; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
     c = oel_config.default()
     c.rounds = 3
     c.model.path = "Qwen/Qwen3-4B-Instruct-2507"

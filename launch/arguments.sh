@@ -27,7 +27,7 @@ read_arguments() {
       -*) flags+=("$argument") ;;
       *)
         if [ ${#flags[@]} -gt 0 ]; then
-          fail "$argument stands behind ${flags[${#flags[@]} - 1]}; write --flag=value in one word"
+          fail "$argument follows ${flags[${#flags[@]} - 1]}; write --flag=value in one word"
         fi
         words+=("$argument")
         ;;

@@ -3,7 +3,7 @@
 #   bash launch/node.sh CONFIG.py[:preset] [--config.field=value ...]
 #   WORKDIR=runs/fl8b bash launch/node.sh configs/frozen_lake_qwen3_8b.py --config.rounds=2
 # JAX='jax[cuda13]' or JAX=jax (the CPU) installs another JAX than 'jax[cuda12]'. --dry_run prints
-# the commands and does nothing. The same command goes on where the run stopped.
+# the commands and does nothing. The same command resumes where the run stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/arguments.sh

@@ -29,7 +29,7 @@ done
 [[ $NFS =~ ^[^:/]+:/ ]] || fail "NFS=$NFS: write SERVER:/SHARE"
 [[ $mount = /* && $mount != / ]] || fail "MOUNT=$mount: it must be an absolute path"
 [[ $workdir = "$mount"/* ]] || fail "WORKDIR=$workdir is not on the share; it must begin with $mount/"
-[[ ${config%%:*} != /* && $config != *..* ]] || fail "$config must lie inside the project, which is" \
+[[ ${config%%:*} != /* && $config != *..* ]] || fail "$config must be inside the project, which is" \
   "what is copied to the workers"
 
 common=(--zone="$ZONE" --quiet ${PROJECT:+--project="$PROJECT"})
@@ -131,17 +131,17 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   running=
   case $code in
     0 | 2 | 130) exit "$code" ;;
-    75) echo "stopped by a notice and saved; going on" >&2 ;;
-    255) echo "the connection was lost; going on" >&2 ;;
+    75) echo "stopped by a notice and saved; resuming" >&2 ;;
+    255) echo "the connection was lost; resuming" >&2 ;;
     *)
       sleep "${PAUSE:-60}"  # a slice that is being taken away may call itself READY for a while
       if [ "$(state)" = READY ]; then
         echo "error: ended with exit code $code; messages are above and in $workdir/logs" >&2
         exit "$code"
       fi
-      echo "the slice is gone; going on with a new one" >&2
+      echo "the slice is gone; resuming with a new one" >&2
       ;;
   esac
 done
-echo "error: not finished after $attempts starts; call the same command again to go on" >&2
+echo "error: not finished after $attempts starts; call the same command again to resume" >&2
 exit 75

@@ -3,7 +3,7 @@
 Paper, Fig. 4 (Frozen Lake with Qwen3-1.7B, Sokoban with Qwen3-4B-Instruct-2507; no values
 printed): within a round the pass rate in context rises with the games read and then saturates;
 consolidation reaches more than the last value in context; each round starts from a higher
-baseline. For the first round of both pairs Tables 1 and 2 give numbers, which stand beside ours.
+baseline. For the first round of both pairs Tables 1 and 2 give numbers, which are next to ours.
 
 Expected: reading more games helps in round 1; each round ends above the last, in both games.
 

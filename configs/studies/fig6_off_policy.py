@@ -12,7 +12,7 @@ Expected: on-policy passes more games than off-policy and than SFT after round 1
 and keeps more skill than either after round 2.
 
 Found (nano, loop seeds 1-3): on-policy learns latest and loses least. After five steps it passes
-10 % [1, 51], off-policy 43 %, SFT 43 %; after round 1 73 % [7, 99] (the seeds lie far apart), 60 %
+10 % [1, 51], off-policy 43 %, SFT 43 %; after round 1 73 % [7, 99] (the seeds are far apart), 60 %
 and 63 %; after round 2 all pass 99 to 100 %, so that pass rates do not part the three at the end.
 At that equal gain skill has gone from 95.0 % to 94.0 % on-policy, 93.8 % off-policy and 92.7 % SFT:
 SFT loses 1.3 points [0.5, 2.2] more than on-policy on the same seeds; off-policy cannot be told

@@ -92,4 +92,4 @@ def get_study(preset: str) -> Study:
 def _flat(results, names) -> tuple[bool, str]:
     rates = [results.mean(name, "start") for name in names]
     spread = max(rates) - min(rates)
-    return spread <= 0.05, f"they lie {100 * spread:.1f} points apart"
+    return spread <= 0.05, f"they are {100 * spread:.1f} points apart"

@@ -12,7 +12,7 @@ its interval, and its skill stays within 2 points of the start's.
 
 Found (nano, loop seed 1): plain OEL passes 100 % from round 3 on, stays there for five rounds, and
 then falls: 9 % after round 8, 100 % again, 22 % after round 10. What breaks first is extraction:
-rounds that are all won go on changing a policy that has nothing left to learn (AdamW makes steps of
+rounds that are all won still change a policy that has nothing left to learn (AdamW makes steps of
 full size from small gradients, we think), until it writes that H is the goal; with that text in its
 prompt it wins nothing, and the round consolidates it. Balanced loss, half the turns, an averaged
 teacher and the trust region do not prevent this (falls in rounds 6 to 8); retention without

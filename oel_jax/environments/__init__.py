@@ -6,7 +6,7 @@
         action = game.step(response)
     game.outcome(), game.passed
 
-`register` adds a game of your own (`protocol` shows a complete one); `bounds` gives the pass rates
+`register` adds your own game (`protocol` shows a complete one); `bounds` gives the pass rates
 of random and perfect play that belong next to every result.
 """
 
@@ -87,7 +87,7 @@ def _known(name: str) -> str:
     if name not in _factories:
         raise UserError(
             f"unknown game {name!r}; known: {', '.join(names())} "
-            "(a game of your own is added with oel_jax.environments.register)"
+            "(your own game is added with oel_jax.environments.register)"
         )
     return name
 

@@ -1,4 +1,4 @@
-"""Games of one's own from a Python file: loaded by path, tried before anything else is loaded."""
+"""A user's own games, from a Python file: loaded by path, tried before anything else is loaded."""
 
 import hashlib
 import importlib.util

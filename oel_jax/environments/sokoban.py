@@ -21,7 +21,7 @@ RULE_TEXT = (
 class Sokoban(TextArenaGame):
     """The wrapped environment: an observation is the whole transcript as one string.
 
-    The released code finds the new piece behind the last occurrence of the previous one, cuts it to
+    The released code finds the new piece after the last occurrence of the previous one, cuts it to
     its first `[GAME]`, and joins the pieces with nothing between them: actions and newlines are
     lost. Under the paper layout the history is the transcript itself.
     """

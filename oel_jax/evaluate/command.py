@@ -3,9 +3,9 @@
     python -m oel_jax.evaluate --workdir=runs/x --lm_eval_tasks=ifeval [--ifeval_data=DIR]
 
 Every policy of the run is evaluated: the starting model, and the model after each round. Results
-lie beside the run's own evaluations, as `evaluate/lm_eval_<task>.json` of the round (of the workdir
-for the starting model), answers in `lm_eval_<task>.responses.jsonl`. A policy that is finished is
-not evaluated again, and a stopped one goes on from its last answer.
+are next to the run's own evaluations, as `evaluate/lm_eval_<task>.json` of the round (of the
+workdir for the starting model), answers in `lm_eval_<task>.responses.jsonl`. A policy that is
+finished is not evaluated again, and a stopped one resumes after its last answer.
 """
 
 import argparse
@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lm_eval_include",
         type=paths.argument,
-        help="directory with task files (YAML) of your own",
+        help="directory with your own task files (YAML)",
     )
     add("--limit", type=int, help="only the first documents of each task")
     add("--seed", type=int, default=42, help="of answers and few-shot examples; default 42")
@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped. Finished answers are kept; the same command goes on.", file=sys.stderr)
+        print("\nstopped. Finished answers are kept; the same command resumes.", file=sys.stderr)
         return 130
     print(report(results))
     print(f"files: {given.workdir}/evaluate and {given.workdir}/round_*/evaluate, lm_eval_*.json")

@@ -51,7 +51,7 @@ def score(
     Args:
       pairs: (context ids, continuation ids); the context has at least one token, since nothing
         predicts a first token. An empty continuation is certain: total 0, greedy.
-      token_budget: tokens in a batch, padding included; a longer sequence is a batch of its own.
+      token_budget: tokens in a batch, padding included; a longer sequence is a batch by itself.
       block: query block of the attention.
       done: told how many more pairs are scored.
 

@@ -112,7 +112,7 @@ def answer_text(raw: str, until: Sequence[str], *, opened: bool) -> str:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt up to its last control token, as ids, and the plain text behind that.
+    """A prompt up to its last control token, as ids, and the plain text after that.
 
     Attributes:
       first: the plain text begins its own text: no control token of a template before it.
@@ -127,7 +127,7 @@ class _Prompt:
 
 @register_model("oel_jax")
 class PolicyLM(LM):
-    """A loaded model behind the harness's three kinds of requests.
+    """A loaded model that answers the harness's three kinds of requests.
 
     Attributes:
       truncated: prompts that were too long and lost their beginning, over the object's life.
@@ -207,7 +207,7 @@ class PolicyLM(LM):
     ) -> str:
         """One user message in the model's template with thinking off, as a string.
 
-        A system message stands at the head of the user's text, since not every template knows one.
+        A system message is put at the head of the user's text, since not every template knows one.
         The start of an answer, where a task gives it, follows the template as plain text.
 
         Raises:
@@ -266,7 +266,7 @@ class PolicyLM(LM):
         """Sample an answer to each `(context, generation_kwargs)`.
 
         The sampler knows stop tokens, not stop texts: an answer that meets one of `until` is cut
-        afterwards, and the tokens behind it were made in vain.
+        afterwards, and the tokens after it were made in vain.
 
         Raises:
           UserError: a prompt that does not fit, or an argument that the sampler does not have;

@@ -1,4 +1,4 @@
-"""Answers of a policy to a task, kept one by one so that a stopped evaluation goes on."""
+"""Answers of a policy to a task, kept one by one so that a stopped evaluation can resume."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def prompt_digest(ids: Sequence[int]) -> str:
 class Responses:
     """Answers by place, in memory and, where a file is given, in it: one JSON object a line.
 
-    The first line holds the settings. A file of other settings, and whatever stands behind a torn
+    The first line holds the settings. A file of other settings, and whatever follows a torn
     line, is dropped: those answers are made again.
     """
 

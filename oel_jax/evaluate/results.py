@@ -108,7 +108,7 @@ def _uncertainty(value: float, stderr: Any, flags: Sequence[Any] | None, n: int)
     if flags and all(_is_flag(flag) for flag in flags):
         passes = np.array(flags, dtype=np.float64)
         if math.isclose(float(passes.mean()), value, abs_tol=1e-9):
-            # Documents take the place of boards, and each is one of its own.
+            # Documents take the place of boards, and each is its own cluster.
             _, low, high = board_clustered_interval(passes[None], list(map(str, range(n))))
             return found | {"ci95": [low, high]}
     if known and n > 1 and math.isfinite(value):

@@ -167,7 +167,7 @@ def _load(manager: TaskManager, name: str, ifeval_data: Path | None) -> dict[str
         spec = {"group": "offline", "task": [{"task": name, "custom_dataset": local}]}
     try:
         loaded = manager.load([spec])
-        if "ifeval" in name:  # the harness goes on without its tables, and fails after all answers
+        if "ifeval" in name:  # the harness runs without its tables, and fails after all answers
             nltk.data.find(_PUNKT)
     except Exception as error:  # a task is foreign code, and its data come over the network
         hint = " or give --ifeval_data=DIR, which needs no network" if name == "ifeval" else ""

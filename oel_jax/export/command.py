@@ -1,9 +1,9 @@
-"""Writes the model of a finished round as a Hugging Face directory of its own.
+"""Writes the model of a finished round as a separate Hugging Face directory.
 
     python -m oel_jax.export --workdir=runs/nano --round=2 --out=DIR [--dtype=bfloat16]
 
 A round's policy already is such a directory, so this checks and copies it; with `--dtype` the
-weights are cast on the way. The copy stands alone: `transformers.AutoModelForCausalLM` and
+weights are cast on the way. The copy needs nothing else: `transformers.AutoModelForCausalLM` and
 `oel_jax.load_model` read it, and it may be the start model of another run.
 """
 

@@ -3,8 +3,8 @@
     python -m oel_jax.nano.card --size=small [--seeds=10 | --quick] [--check] [--out=DIR]
     python -m oel_jax.nano.card --model=runs/nano/round_003/policy --out=DIR
 
-Measures (`measure` says how) and writes card.json, beside what pre-training noted there, and
-card.md into --out, by default the model's own directory. `--check` exits 1 when a line misses its
+Measures (`measure` says how) and writes card.md and card.json, which keeps what pre-training noted
+there, into --out, by default the model's own directory. `--check` exits 1 when a line misses its
 bar; bad input exits 2.
 """
 
@@ -100,7 +100,7 @@ HEADERS = ("line", "value", "95 % interval", "n", "bar", "")
 def rows(lines: Mapping[str, Line], bars: Bars) -> list[tuple[str, ...]]:
     """The cells of the table, one row per line, in the order of `HEADERS`.
 
-    The last cell tells whether the bar is met; lines of one game stand together.
+    The last cell tells whether the bar is met; lines of one game follow each other.
     """
     found = []
     for name in sorted(lines, key=_place):
@@ -133,7 +133,7 @@ def markdown(card: Mapping[str, Any], lines: Mapping[str, Line], bars: Bars) -> 
     ]
     table_rows = ["| " + " | ".join(cells) + " |" for cells in rows(lines, bars)]
     return f"""\
-# Card of the nano model {measured["size"] or "(a shape of its own)"}
+# Card of the nano model {measured["size"] or "(another shape)"}
 
 {measured["parameters"]:,} parameters{trained}. Measured with `python -m oel_jax.nano.card \
 --seeds={measured["seeds"]} --seed={measured["seed"]}` at temperature {TEMPERATURE} on the \

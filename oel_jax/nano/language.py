@@ -150,9 +150,9 @@ def map_text(board: Sequence[str], beliefs: Mapping[str, str]) -> str:
 
 
 def step_text(direction: str, ahead: str | None, beyond: str | None = None) -> str:
-    """ " Go right to X before O." from what lies ahead and, where it matters, behind that.
+    """ " Go right to X before O." from what is ahead and, where it matters, after that.
 
-    A blank or '_' is free ground, None lies outside the board.
+    A blank or '_' is free ground, None is outside the board.
     """
     return GO[direction] + reach_text(ahead, beyond)
 

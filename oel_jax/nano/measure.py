@@ -1,9 +1,9 @@
 """Measuring a nano model: the lines of its card.
 
-The real games are played on their held-out boards at temperature 0.7, every game with random keys
-of its own; the model extracts from the games it just played; other skills are asked for beside
-them. Every line is a rate (or a mean length) with a 95 % interval: games on one board count as one
-cluster (`oel_jax.report.intervals`), and where nothing is shared every item is its own cluster,
+The real games are played on their held-out boards at temperature 0.7, every game with its own
+random keys; the model extracts from the games it just played; other skills are asked for in
+addition. Every line is a rate (or a mean length) with a 95 % interval: games on one board count as
+one cluster (`oel_jax.report.intervals`), and where nothing is shared every item is its own cluster,
 which makes the interval Wilson's.
 """
 
@@ -121,9 +121,9 @@ class Measurement:
     def count(self) -> int:
         """Games and other replies that all lines take: the work for the progress display."""
         real = sum(self._plays(c.share) for name in GAMES for c in conditions(name))
-        beside = self._plays(0.5) * 5  # raw and other worlds of both games, swapped
+        further = self._plays(0.5) * 5  # raw and other worlds of both games, swapped
         classes = sum(2 * len(RESULTS[name]) + len(self._judged(name, False)) for name in GAMES)
-        return real + beside + classes * self._cap() + 3 * PROBES_PER_SEED * self.seeds
+        return real + further + classes * self._cap() + 3 * PROBES_PER_SEED * self.seeds
 
     def _done(self, count: int) -> None:
         if self._progress:
@@ -248,7 +248,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the extractor: a real game that is over, and what it is shown beside it."""
+    """One call of the extractor: a real game that is over, and what it is shown in addition."""
 
     name: str
     seat: Seat

@@ -45,7 +45,7 @@ def make_batch(
 
     Few long rows and many short ones cost less attention than equal ones. Examples are placed
     longest first into the first row with room; what finds none is left out. The same (seed, step)
-    always gives the same batch, so an interrupted run goes on bit for bit.
+    always gives the same batch, so an interrupted run resumes bit for bit.
     """
     rng = random.Random(f"nano pretraining {seed} {step}")
     capacity = sum(rows * length for rows, length in packs)

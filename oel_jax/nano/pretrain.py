@@ -3,7 +3,7 @@
     python -m oel_jax.nano.pretrain --size=small --out=DIR --seed=0
 
 Writes a Hugging Face directory (bf16) with tokenizer and `card.json` (seed, steps, time, loss per
-task). The run keeps a checkpoint in DIR/state.npz; the same command goes on from there and ends in
+task). The run keeps a checkpoint in DIR/state.npz; the same command resumes from there and ends in
 the same weights as an uninterrupted run. Muon trains the matrices, Adam everything else.
 """
 
@@ -242,10 +242,10 @@ def run(
     stop: int | None = None,
     save_every: int = 250,
 ) -> State:
-    """Train (or go on training) into `out`; returns the last state. Prints progress.
+    """Train, or resume training, into `out`; returns the last state. Prints progress.
 
     `steps` is the length the rates are planned for; `stop` ends this call earlier, with a
-    checkpoint from which the next call goes on.
+    checkpoint from which the next call resumes.
     """
     steps = steps or size.steps
     stop = min(stop or steps, steps)
@@ -254,7 +254,7 @@ def run(
     path = out / "state.npz"
     if path.exists():
         run_state.restore(path)
-        print(f"going on from step {run_state.step}", flush=True)
+        print(f"resuming from step {run_state.step}", flush=True)
     before, began, first = run_state.seconds, time.monotonic(), run_state.step
     made = made_with()
 

@@ -116,7 +116,7 @@ class Verdict(NamedTuple):
     Attributes:
       right: the thought was finished, no fact is false, and after a win or a loss at least one
         fact is stated that the game showed (or there was none left to state).
-      repeats: an item stands word for word in the previous knowledge.
+      repeats: an item is word for word in the previous knowledge.
     """
 
     right: bool
@@ -209,7 +209,7 @@ def judge_look_up(prompt: str, reply: str) -> bool:
 
 
 def judge_instruction(reply: str, answer: str) -> bool:
-    """Strict equality, behind the thought."""
+    """Strict equality of what follows the thought."""
     return answers.split_thought(reply, opened=False)[0] == answer
 
 

@@ -149,7 +149,7 @@ class Playable(Protocol):
 
 
 class WorldGame:
-    """A nano world behind the calls of a real game.
+    """A nano world with the calls of a real game.
 
     A reply without an action ends it, lost (a real game forgives the first one).
     """
@@ -187,7 +187,7 @@ class Seat:
     Attributes:
       game: a fresh one; over after `play`.
       board: the cluster of its confidence interval; games on one board share it.
-      knowledge: stands in the prompt of every turn.
+      knowledge: part of the prompt of every turn.
       turns: (observation, whole reply) of each turn.
       actions: what was sent to the game, '[up]' for instance.
       tokens: length of each reply, the stop token included.

@@ -27,7 +27,7 @@ Cell = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The next push of a shortest solution: where the box stands, from where, in which direction.
+    """The next push of a shortest solution: where the box is, from where, in which direction.
 
     `first` are the directions of the very next step (several when they are equally short).
     """
@@ -206,7 +206,7 @@ class Room:
             role = beliefs.get(view[cell[0]][cell[1]])
             if role:
                 places[role].append(cell)
-        # A target that is not in view lies under the player.
+        # A target that is not in view is under the player.
         targets = places["target"] or [self.player]
         known = len(places["box"]) == len(targets) == 1
         plan = None

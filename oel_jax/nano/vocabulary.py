@@ -99,7 +99,7 @@ def _lake_symbols() -> list[str]:
 
 
 def _room_symbols() -> list[str]:
-    """Messages and cells of Sokoban; what lies between two inner rows is one token."""
+    """Messages and cells of Sokoban; what is between two inner rows is one token."""
     symbols = [f"[GAME] You attempted an invalid move. Reason: {_WALL_HIT} {_RESUBMIT}"]
     symbols += ["\nRound0_Input: [GAME] \n        \n[GAME] "]
     for d in lang.DIRECTIONS:

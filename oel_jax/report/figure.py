@@ -23,7 +23,7 @@ def place(x: float, rate: float, rounds: int) -> tuple[float, float]:
 
 
 def pass_rates(evaluations: Sequence[Evaluation]) -> bytes:
-    """PNG of pass rates with 95 % intervals over rounds, beside random policy and perfect play.
+    """PNG of pass rates with 95 % intervals over rounds, with random policy and perfect play.
 
     Args:
       evaluations: at least one, by x; see `data.Evaluation`.

@@ -16,7 +16,7 @@ not symmetric near its ends. If the games say nothing about how strongly boards 
 all failed, or a single board), n is the effective number of boards: the cautious reading, in which
 games on one board repeat each other.
 
-With several loop seeds, each a training run of its own that plays the same boards, the mean varies
+With several loop seeds, each a separate training run that plays the same boards, the mean varies
 with both. The variance is the sum of two cluster-robust ones, over seeds and over boards (the part
 that is neither's alone is counted twice: cautious), and Welch-Satterthwaite's degrees of freedom
 weigh those of the two. A paired difference of two runs on the same seeds and boards puts the two

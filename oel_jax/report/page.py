@@ -3,7 +3,7 @@
     python -m oel_jax.report --workdir=runs/nano        # writes runs/nano/report.html
 
 Every run writes it after each round, and every study at its end. It shows what is there, so it can
-be made while a run goes on or after it was stopped. Texts of trajectories and knowledge are outside
+be made during a run or after it was stopped. Texts of trajectories and knowledge are outside
 text: they are escaped, and the page's own policy (CSP) allows no script and no style but its own.
 Imports no JAX.
 """

@@ -419,7 +419,7 @@ def games_json(run: RunData) -> str:
     """What viewer.js reads, as JSON that cannot end its script element.
 
     {"evaluations": [{"title", "knowledge", "games"}], "before": index, "after": index}; the pair
-    that is shown first is the start beside the last consolidated model.
+    that is shown first is the start next to the last consolidated model.
     """
     shown = [evaluation for evaluation in run.evaluations if evaluation.games]
     names = ("map", "passed", "tokens", "turns", "outcome")

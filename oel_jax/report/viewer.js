@@ -19,7 +19,7 @@
 
   const gameOf = (side) => data.evaluations[side.value].games.find((g) => g.map === +board.value);
 
-  // Frame `turn` of a game: what the policy is told and answers; the frame behind the last turn
+  // Frame `turn` of a game: what the policy is told and answers; the frame after the last turn
   // says how the game ended.
   const frame = (game, turn) => {
     const box = element("div", "frame");

@@ -244,7 +244,7 @@ def test_a_run_that_stopped_at_a_checkpoint_goes_on_bit_for_bit(whole, tmp_path,
     pretrain.run(TINY, tmp_path, 1, stop=5)
     assert json.loads((tmp_path / "card.json").read_text())["step"] == 5
     state = pretrain.run(TINY, tmp_path, 1, save_every=100)
-    assert "going on from step 5" in capsys.readouterr().out
+    assert "resuming from step 5" in capsys.readouterr().out
     assert_same_run(tmp_path, state, whole)
 
 
@@ -262,7 +262,7 @@ def test_a_run_killed_between_checkpoints_goes_on_bit_for_bit(whole, tmp_path, m
         pretrain.run(TINY, tmp_path, 1, save_every=3)
     monkeypatch.undo()
     state = pretrain.run(TINY, tmp_path, 1, save_every=3)
-    assert "going on from step 6" in capsys.readouterr().out
+    assert "resuming from step 6" in capsys.readouterr().out
     assert_same_run(tmp_path, state, whole)
 
 
@@ -283,7 +283,7 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
         pretrain.run(TINY, tmp_path, 1, save_every=4)
     monkeypatch.undo()
     state = pretrain.run(TINY, tmp_path, 1, save_every=4)
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
     assert_same_run(tmp_path, state, whole)
 
 
@@ -369,7 +369,7 @@ def test_the_command_trains_a_size_and_goes_on(whole, monkeypatch, tmp_path, cap
         call(monkeypatch, "--size=minute", f"--out={tmp_path}", "--seed=1")
     said = capsys.readouterr().out
     assert "step 12/12" in said
-    assert "going on from step 12" in said
+    assert "resuming from step 12" in said
     assert (tmp_path / "model.safetensors").read_bytes() == (
         whole[0] / "model.safetensors"
     ).read_bytes()
