@@ -91,9 +91,7 @@ def main() -> int:
     )
     models = ",".join(f"Qwen/Qwen3-{size}" for size in MODELS)
     parser.add_argument("--models", default=models, help="hub ids, with commas between them")
-    parser.add_argument(
-        "--targets", default=",".join(TARGETS), help="as --target of oel_jax.plan.command"
-    )
+    parser.add_argument("--targets", default=",".join(TARGETS), help="as --target of oel_jax.plan")
     parser.add_argument("--again", action="store_true", help="make cells again that are there")
     parser.add_argument(
         "--out", type=paths.argument, default=RESULTS, help="directory of the records"
