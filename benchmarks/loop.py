@@ -20,15 +20,13 @@ from pathlib import Path
 import jax
 import ml_collections
 
+import oel_jax
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.actor.deploy import deploy
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
-from oel_jax.learner.extract import extract
-from oel_jax.parallel.mesh import make_mesh
 from oel_jax.runs.metrics import read
-from oel_jax.runs.session import open_run
+from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {"nano": "nano_frozen_lake", "nano_sokoban": "nano_sokoban"}
@@ -69,15 +67,11 @@ class Extraction:
 
     def __call__(self) -> None:
         shutil.rmtree(self.workdir, ignore_errors=True)
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            open_run(self.config, self.workdir, make_mesh(1, 1, jax.devices()[:1])) as run,
-        ):
-            deploy(run, 1)
-            began = time.perf_counter()
-            extract(run, 1)
-            self.calls.append(time.perf_counter() - began)
-            self.texts = read_json(run.workdir.knowledge(1))["texts"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            oel_jax.run(self.config, self.workdir, ["deploy", "extract"], devices=jax.devices()[:1])
+        workdir = Workdir(self.workdir)
+        self.calls.append(workdir.seconds(1)["extract"])
+        self.texts = read_json(workdir.knowledge(1))["texts"]
 
 
 def load_config(path: Path, fields: list[str]) -> ml_collections.ConfigDict:

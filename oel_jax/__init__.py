@@ -13,6 +13,7 @@ _PUBLIC = {
     "LanguageModel": "oel_jax.models.language_model",
     "load_config": "oel_jax.config.file",
     "load_model": "oel_jax.models.language_model",
+    "run": "oel_jax.loop",
 }
 
 if sys.argv[:1] == ["-m"]:  # a command, whose module is about to be imported

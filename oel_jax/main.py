@@ -22,20 +22,19 @@ from oel_jax.machine import preemption
 if __name__ == "__main__":
     preemption.listen()  # before what takes time to import: a notice may come at once
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from oel_jax.config.file import check_config, existing, explain
 from oel_jax.errors import UserError
 from oel_jax.machine import paths
-from oel_jax.runs.workdir import STAGES
+from oel_jax.runs.stages import NAMES
 
 _FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
 flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
 flags.DEFINE_string("game_module", None, "Python file with a game of your own.")
-flags.DEFINE_list("stages", list(STAGES), "Stages to do, in any subset.")
+flags.DEFINE_list("stages", list(NAMES), "Stages to do, in any subset.")
 flags.DEFINE_bool(
     "allow_config_change", False, "Go on in an old workdir although the config has changed."
 )
@@ -45,61 +44,6 @@ flags.DEFINE_integer("process_id", None, "This process, from 0.")
 flags.DEFINE_integer(
     "join_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1
 )
-
-
-def run(
-    config: ml_collections.ConfigDict,
-    workdir: str | Path,
-    stages: Sequence[str] = STAGES,
-    *,
-    name: str = "config",
-    allow_config_change: bool = False,
-) -> None:
-    """Run the stages in `workdir`, or go on there; `name` is what the console calls the config.
-
-    Raises:
-      UserError: anything the user can mend, naming the file or field.
-    """
-    # Checked before JAX or a model is loaded: a bad value must fail at once.
-    from oel_jax import environments
-    from oel_jax.config.defaults import as_json, validate
-
-    remarks = validate(config, games=environments.known(config.game))
-    if not stages or not set(stages) <= set(STAGES):
-        raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(STAGES)}")
-
-    from oel_jax.actor.deploy import check_first_prompts
-    from oel_jax.chat.tokenizer import load_tokenizer
-    from oel_jax.learner.contexts import check_other_run
-    from oel_jax.loop import learn
-    from oel_jax.nano.skills import check_skills
-    from oel_jax.parallel import processes
-    from oel_jax.parallel.mesh import make_mesh
-    from oel_jax.plan.auto import settle
-    from oel_jax.runs.policies import check_model, start_directory
-    from oel_jax.runs.session import keep_compiled, open_run
-
-    keep_compiled(config.compilation_cache)
-    config, decided = settle(config)
-    mesh = make_mesh(config.mesh.fsdp, config.mesh.tp)
-    processes.check_equal(as_json(config))
-    # Before the workdir exists: it would remember a config that cannot run.
-    check_model(config, start_directory(config), mesh)
-    if {"deploy", "evaluate"} & set(stages):
-        check_first_prompts(config, load_tokenizer(start_directory(config)))
-    check_other_run(config)
-    check_skills(config)
-    with open_run(config, workdir, mesh, allow_config_change=allow_config_change) as opened:
-        root = opened.workdir.root
-        for remark in remarks:
-            print(f"note: {remark}")
-        if decided:
-            print(decided)
-        devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device(s)"
-        hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
-        print(f"oel_jax: {devices}{hosts}, config {name}, workdir {root}")
-        learn(opened, stages)
-        print(f"\nfiles: {root}   curves: tensorboard --logdir {root.parent}")
 
 
 def _run_together() -> None:
@@ -118,6 +62,8 @@ def _run_together() -> None:
     others = processes.StopTogether(paths.local(f.workdir, "--workdir"))
     preemption.tell_others(others.pass_on, others.tell)
     try:
+        from oel_jax.loop import run
+
         run(
             f.config,
             f.workdir,

@@ -13,12 +13,13 @@ from pathlib import Path
 import jax
 import ml_collections
 
+import oel_jax
 from oel_jax.files import read_json, write_json
-from oel_jax.loop import STAGES, learn
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.runs.metrics import read
 from oel_jax.runs.session import Run, open_run
+from oel_jax.runs.stages import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO_CONFIG = ROOT / "configs" / "nano_frozen_lake.py"
@@ -83,7 +84,7 @@ def as_flags(**changes) -> list[str]:
 
 @contextmanager
 def opened(workdir: Path, config: ml_collections.ConfigDict, change: bool = False) -> Iterator[Run]:
-    """A `Run` on one device, as main makes it."""
+    """The record of a run on one device, for tests of one stage."""
     mesh = make_mesh(1, 1, jax.devices()[:1])
     with open_run(config, workdir, mesh, allow_config_change=change) as run:
         yield run
@@ -92,12 +93,11 @@ def opened(workdir: Path, config: ml_collections.ConfigDict, change: bool = Fals
 def go(
     workdir: Path,
     config: ml_collections.ConfigDict,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] = NAMES,
     change: bool = False,
 ) -> None:
-    """Run the loop, or go on with it."""
-    with opened(workdir, config, change) as run:
-        learn(run, stages)
+    """Run the loop on one device, or resume it."""
+    oel_jax.run(config, workdir, stages, allow_config_change=change, devices=jax.devices()[:1])
 
 
 def contents(workdir: Path, *patterns: str) -> dict[str, bytes]:
@@ -126,15 +126,14 @@ def results(workdir: Path) -> dict[str, object]:
 
 def undo(workdir: Path, *stages: str) -> Path:
     """Make the workdir of a one-round run as it was before these stages."""
-    places = {"deploy": ["deploy"], "extract": ["knowledge"], "evaluate": ["evaluate"]}
-    places["consolidate"] = ["consolidate", "policy"]
-    for stage in stages:
-        for place in places[stage]:
-            shutil.rmtree(workdir / "round_001" / place, ignore_errors=place == "consolidate")
     manifest = read_json(workdir / "manifest.json")
-    manifest["stages"] = [
-        entry for entry in manifest["stages"] if not entry["round"] or entry["stage"] not in stages
-    ]
+    gone = [one for one in manifest["stages"] if one["round"] and one["stage"] in stages]
+    manifest["stages"] = [one for one in manifest["stages"] if one not in gone]
+    for path in [workdir / file["path"] for one in gone for file in one["files"]]:
+        path.unlink(missing_ok=True)
+        while not any(path.parent.iterdir()):
+            path = path.parent
+            path.rmdir()
     write_json(workdir / "manifest.json", manifest)
     kept = [
         row

@@ -63,7 +63,7 @@ def preflight(run: Run, round_number: int) -> list[Path]:
     return [file]
 
 
-def heed(run: Run, round_number: int) -> None:
+def check_gain(run: Run, round_number: int) -> None:
     """Warn, or stop the run, if the knowledge that is about to be consolidated does not help.
 
     It warns where the mean gain is not above `preflight.least_gain`. It stops, with

@@ -33,9 +33,9 @@ from oel_jax.models.agreement import fitting_tokenizer
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.language_model import DTYPES, LanguageModel, load_model
 from oel_jax.parallel.mesh import make_mesh
+from oel_jax.runs.compilation import keep_compiled
 from oel_jax.runs.metrics import Metrics, table
 from oel_jax.runs.policies import start_directory
-from oel_jax.runs.session import keep_compiled
 from oel_jax.runs.workdir import Workdir
 
 if TYPE_CHECKING:  # importing it needs the harness

@@ -18,6 +18,7 @@ from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.nano.measure import Measurement, conditions
 from oel_jax.nano.reader import Reader, check_family
+from oel_jax.runs.policies import policy_directory
 from oel_jax.runs.session import Run
 
 BOARDS, SEEDS = 64, 2  # 128 games of the other game, 64 of the two others each, 100 instructions
@@ -45,18 +46,45 @@ def check_skills(config: Any) -> None:
         ) from error
 
 
-def evaluate_skills(run: Run, directory: Path, file: Path) -> dict[str, Any]:
+def measure_skills(run: Run, number: int) -> list[Path]:
+    """What the policy after round `number` (0: the start) can do outside the game, if asked for.
+
+    The policies kept inside the round are measured too. Returns the files.
+    """
+    if not run.config.evaluate.skills:
+        return []
+    workdir = run.workdir
+    run.metrics.rewind("evaluate_skills", number, -1)
+    places = []
+    for step in run.config.evaluate.steps if number else ():
+        if workdir.policy_at(number, step).exists():
+            file = workdir.evaluation(number, f"step_{step:03d}_skills")
+            places.append((step, workdir.policy_at(number, step), file))
+    last = workdir.evaluation(number, "skills") if number else workdir.start_skills
+    steps = run.config.consolidate.steps if number else 0
+    places.append((steps, policy_directory(run.config, workdir, number + 1), last))
+    for step, directory, file in places:
+        result = evaluate_skills(run.config, directory, file)
+        low, high = result["ci95"]
+        values = {"skill": result["skill"], "ci95_low": low, "ci95_high": high}
+        run.metrics.scalars("evaluate_skills", step, values, round=number)
+        at = f" after step {step}" if step != steps else ""
+        print(f"skills that are not trained{at}: {result['skill']:.1%} [{low:.1%}, {high:.1%}]")
+    return [file for _, _, file in places]
+
+
+def evaluate_skills(config: Any, directory: Path, file: Path) -> dict[str, Any]:
     """Measure a policy's skills and write them to `file`; returns them.
 
     Returns: 'skill', the mean of the four rates, with 'ci95' and each of them under 'skills'.
     """
     if file.exists():
         return read_json(file)
-    other = OTHER_GAME[run.config.game.name]
-    measured = Measurement(Reader(directory, seed=run.config.seed), SEEDS, BOARDS)
+    other = OTHER_GAME[config.game.name]
+    measured = Measurement(Reader(directory, seed=config.seed), SEEDS, BOARDS)
     gold = next(c for c in conditions(other) if c.label == "gold" and c.thinking)
     measured.real(other, gold)
-    measured.other(run.config.game.name)
+    measured.other(config.game.name)
     measured.swapped()
     measured.instructions()
     lines = {name: line for name, line in measured.lines.items() if line.unit == "rate"}
@@ -86,7 +114,10 @@ def keep_skilled(run: Run, number: int) -> list[Path]:
     Returns: the file that says what was done, if anything was.
     """
     workdir, allowed = run.workdir, run.config.guard.skill_drop
-    start = evaluate_skills(run, run.policy_directory(1), workdir.start_skills)["skill"]
+    if not allowed:
+        return []
+    first = policy_directory(run.config, workdir, 1)
+    start = evaluate_skills(run.config, first, workdir.start_skills)["skill"]
     candidates = [(workdir.policy(number), workdir.evaluation(number, "skills"))]
     for step in reversed(run.config.evaluate.steps):
         if workdir.policy_at(number, step).exists():
@@ -94,13 +125,12 @@ def keep_skilled(run: Run, number: int) -> list[Path]:
             candidates.append((workdir.policy_at(number, step), file))
     found = []
     for directory, file in candidates:
-        found.append(
-            {"policy": directory.name, "skill": evaluate_skills(run, directory, file)["skill"]}
-        )
+        skill = evaluate_skills(run.config, directory, file)["skill"]
+        found.append({"policy": directory.name, "skill": skill})
         if start - found[-1]["skill"] <= allowed:
             break
     else:
-        directory = run.policy_directory(number)
+        directory = policy_directory(run.config, workdir, number)
         found.append({"policy": "the one the round began with"})
     if len(found) == 1:
         return []

@@ -13,7 +13,7 @@ from oel_jax.report.charts import Point, Series
 from oel_jax.report.gains import mean_error, points
 from oel_jax.report.run_data import Evaluation, RunData
 from oel_jax.runs.metrics import duration
-from oel_jax.runs.workdir import STAGES, stages_of
+from oel_jax.runs.stages import NAMES, stages_of
 
 _SHOWN_LINES = 40  # knowledge lines of a round that are shown without unfolding
 
@@ -108,7 +108,7 @@ def _state(run: RunData) -> str:
     open_rounds = []
     for number in range(1, max([asked, *run.rounds]) + 1):
         done = run.seconds(number)
-        stages = stages_of(run.config)
+        stages = [stage.name for stage in stages_of(run.config)]
         if len(done) < len(stages):
             what = ", ".join(stage for stage in stages if stage in done) or "nothing"
             open_rounds.append(f"round {number} ({what} done)")
@@ -288,7 +288,7 @@ def costs(run: RunData) -> str:
     rows = []
     for number in [0, *run.rounds]:
         times, tokens = run_data.stage_times(run, number), run_data.generated_tokens(run, number)
-        for stage in (stage for stage in STAGES if stage in times):
+        for stage in (stage for stage in NAMES if stage in times):
             seconds, compiled = times[stage]
             rows.append(
                 [

@@ -1,10 +1,11 @@
-"""The record of a run, which the stages take, and how it is opened."""
+"""The record of a run, which the stages take; how it is opened, and how a stage is done."""
 
 import datetime
-import importlib.util
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,16 +14,16 @@ import ml_collections
 import numpy as np
 
 from oel_jax.config.defaults import as_json
-from oel_jax.config.rules import BUCKETS
-from oel_jax.errors import UserError
-from oel_jax.machine import caches, compile_cache, paths
+from oel_jax.machine import preemption
 from oel_jax.models.decoder import Params
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import host_mesh
 from oel_jax.runs import keys, policies, samplers
 from oel_jax.runs.console import Progress
-from oel_jax.runs.metrics import Metrics, NoMetrics
+from oel_jax.runs.metrics import Metrics, NoMetrics, duration
+from oel_jax.runs.profiling import compile_seconds
+from oel_jax.runs.stages import Stage, function
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler
 from oel_jax.sampler.sampling import Sampling
@@ -175,33 +176,31 @@ def finished(workdir: Workdir, round_number: int, stage: str) -> bool:
     return processes.from_first(processes.is_first() and workdir.finished(round_number, stage))
 
 
-def keep_compiled(setting: str) -> None:
-    """Keep compiled programs between runs, so that only the first run pays for them.
+def do_stage(run: Run, round_number: int, stage: Stage) -> None:
+    """Do one stage of a round (0: before round 1); record its files and its time."""
+    name = stage.name
+    began, compiled = time.monotonic(), compile_seconds()
+    taken = run.shelf.take(run, round_number, name) if run.shelf else None
+    with preemption.holding(0):  # what the stage holds, it holds until it is recorded
+        files = taken or _work(run, round_number, stage)
+        seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
+        record = partial(run.workdir.finish, round_number, name, files, seconds)
+        processes.first_does(f"{round_number} {name} is finished", record)
+    if run.shelf:
+        run.shelf.put(run, round_number, name)
+    timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
+    run.metrics.rewind(f"time_{name}", round_number, round_number - 1)
+    run.metrics.scalars(f"time_{name}", round_number, {}, round=round_number, time_values=timing)
+    run.metrics.flush()
+    share = f", {compiled:.1f} s of it compiling" if compiled >= 0.5 else ""
+    share += ", made by another run" if taken else ""
+    where = f"round {round_number}" if round_number else "start"
+    print(f"{where} {name}: done in {duration(seconds)}{share}")
 
-    Args:
-      setting: `config.compilation_cache`.
-    """
-    if setting == "off":
-        return
-    jax.config.update("jax_compilation_cache_dir", _cache_text(setting))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    compile_cache.replace_damaged()
 
-
-def _cache_text(setting: str) -> str:
-    """The cache's place as JAX is to read it: a URL unchanged, for it can use a bucket itself.
-
-    Raises:
-      UserError: a package that JAX needs for this URL is not installed.
-    """
-    kind = paths.scheme(setting) if setting else None
-    if kind is None:
-        usual = caches.compiled_programs
-        return str(paths.local(setting, "config.compilation_cache") if setting else usual())
-    for package in ("etils", BUCKETS[kind]):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"config.compilation_cache is {setting!r}, for which JAX needs the package "
-                f"{package}: install it, or give a directory of this machine, or 'off'"
-            )
-    return setting
+def _work(run: Run, round_number: int, stage: Stage) -> list[Path]:
+    work = function(stage.work if round_number else stage.start)
+    files = list(work(run, round_number))
+    if stage.after and processes.is_first():
+        files += function(stage.after)(run, round_number)
+    return files

@@ -41,21 +41,6 @@ from oel_jax.machine import paths
 
 SCHEMA = "oel.workdir/1"
 
-# Stages of a round, in order.
-STAGES = ("deploy", "extract", "demonstrate", "preflight", "consolidate", "evaluate")
-
-
-def stages_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stages a run with this config has: the baselines demonstrate, pre-flight can be off."""
-    without = set()
-    if config["consolidate"].get("mode", "on_policy") == "on_policy":
-        without.add("demonstrate")
-    own = config.get("extract", {}).get("experience") == "own_game"  # no text to play with
-    if own or not config.get("preflight", {"games": 0})["games"]:
-        without.add("preflight")
-    return tuple(stage for stage in STAGES if stage not in without)
-
-
 # Config fields (or groups of them) that may differ when a run goes on, each with the reason.
 FREE_FIELDS = {
     "rounds": "more rounds extend a run; with fewer, those that are there stay",

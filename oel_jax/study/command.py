@@ -233,15 +233,17 @@ def _run_one(
     one: Planned, shelf: Any, devices: Sequence[Any] | None, today: datetime.datetime
 ) -> None:
     """An ordinary run, with a shelf."""
-    from oel_jax.loop import learn
-    from oel_jax.parallel.mesh import make_mesh
-    from oel_jax.runs.session import keep_compiled, open_run
+    from oel_jax.loop import run
 
-    config = one.config
-    keep_compiled(config.compilation_cache)
-    mesh = make_mesh(config.mesh.fsdp, config.mesh.tp, devices)
-    with open_run(config, one.workdir, mesh, today=today, shelf=shelf) as run:
-        learn(run, one.variant.stages)
+    run(
+        one.config,
+        one.workdir,
+        one.variant.stages,
+        name=one.variant.name,
+        devices=devices,
+        today=today,
+        shelf=shelf,
+    )
 
 
 def _drop_compiled() -> None:

@@ -19,7 +19,7 @@ from oel_jax import environments
 from oel_jax.config.defaults import check_field, validate
 from oel_jax.config.file import explain, load_module
 from oel_jax.errors import UserError
-from oel_jax.runs.workdir import STAGES
+from oel_jax.runs.stages import NAMES
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")  # what is a file name everywhere
 
@@ -47,7 +47,7 @@ class Variant:
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     config: ml_collections.ConfigDict | None = None
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = NAMES
     seeds: int = 0
 
 
@@ -285,10 +285,10 @@ def _check_names(study: Study, where: str) -> None:
                 f"{where}, variant {variant.name}: seeds is {variant.seeds!r}; give how many of "
                 "the study's seeds it is run with, 0 for all"
             )
-        if not variant.stages or not set(variant.stages) <= set(STAGES):
+        if not variant.stages or not set(variant.stages) <= set(NAMES):
             raise UserError(
                 f"{where}, variant {variant.name}: stages are {variant.stages!r}; choose from "
-                f"{', '.join(STAGES)}"
+                f"{', '.join(NAMES)}"
             )
     points = [(point, "paper") for point in study.paper]
     for expected in study.expectations:

@@ -14,7 +14,8 @@ from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.report.intervals import paired_difference
 from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.runs.workdir import STAGES, is_free, stages_of
+from oel_jax.runs.stages import NAMES, stages_of
+from oel_jax.runs.workdir import is_free
 from oel_jax.sampler.sampler import Sampler
 
 module = importlib.import_module("oel_jax.actor.preflight")
@@ -210,12 +211,12 @@ def test_games_of_another_config_are_played_again(flown, tmp_path):
 # --- what follows ---------------------------------------------------------------------------------
 
 
-def heeded(work, tmp_path, **changes):
+def judged(work, tmp_path, **changes):
     """Judge a finished pre-flight under other settings."""
-    copy = tmp_path / f"heeded {len(list(tmp_path.iterdir()))}"
+    copy = tmp_path / f"judged {len(list(tmp_path.iterdir()))}"
     shutil.copytree(work, copy)
     with opened(copy, config_of(**changes)) as run:  # both fields are free: nothing is refused
-        module.heed(run, 1)
+        module.check_gain(run, 1)
 
 
 def test_warn_and_stop_follow_from_the_gain_and_its_interval(flown, tmp_path, capsys):
@@ -224,18 +225,18 @@ def test_warn_and_stop_follow_from_the_gain_and_its_interval(flown, tmp_path, ca
     assert -1 < low < gain < high < 1
     below, between, above = gain - 0.01, (gain + high) / 2, (high + 1) / 2
     for on_harm in ("warn", "stop"):
-        heeded(flown[0], tmp_path, preflight__least_gain=below, preflight__on_harm=on_harm)
+        judged(flown[0], tmp_path, preflight__least_gain=below, preflight__on_harm=on_harm)
         assert "WARNING" not in capsys.readouterr().out
-        heeded(flown[0], tmp_path, preflight__least_gain=between, preflight__on_harm=on_harm)
+        judged(flown[0], tmp_path, preflight__least_gain=between, preflight__on_harm=on_harm)
         out = capsys.readouterr().out
         assert "WARNING: round 1: knowledge does not help" in out and "leaves room" in out
-    heeded(flown[0], tmp_path, preflight__least_gain=above)
+    judged(flown[0], tmp_path, preflight__least_gain=above)
     out = capsys.readouterr().out
     said = "WARNING: round 1: knowledge does not help enough in context: the gain in context is "
     assert f"{said}{100 * gain:+.1f} points" in out
     assert "leaves room" not in out
     with pytest.raises(UserError) as caught:
-        heeded(flown[0], tmp_path, preflight__least_gain=above, preflight__on_harm="stop")
+        judged(flown[0], tmp_path, preflight__least_gain=above, preflight__on_harm="stop")
     for words in (
         f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]",
         "config.preflight.on_harm='stop'",
@@ -259,7 +260,7 @@ def test_a_gain_of_nothing_is_no_gain(finished_run, tmp_path, capsys):
     capsys.readouterr()
     with opened(work, tiny_config(preflight__games=1, preflight__on_harm="stop")) as run:
         run.workdir.finish(1, "preflight", [file], 0.0)
-        module.heed(run, 1)
+        module.check_gain(run, 1)
     assert "WARNING: round 1: knowledge does not help in context" in capsys.readouterr().out
 
 
@@ -290,7 +291,7 @@ def test_a_negative_control_gets_no_advice(flown, tmp_path, capsys):
     shutil.copytree(flown[0], work)
     broken = config_of(preflight__least_gain=1.0, negative_control="shuffled_knowledge")
     with opened(work, broken, change=True) as run:
-        module.heed(run, 1)
+        module.check_gain(run, 1)
     out = capsys.readouterr().out
     assert "broken on purpose" in out and "extract.n" not in out and "WARNING" not in out
 
@@ -298,7 +299,7 @@ def test_a_negative_control_gets_no_advice(flown, tmp_path, capsys):
 def test_stop_needs_a_measurement(finished_run, tmp_path, capsys):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     with opened(work, config_of(), change=True) as run:
-        module.heed(run, 1)  # to warn, it is only useful
+        module.check_gain(run, 1)  # to warn, it is only useful
     assert "preflight is not among --stages and was not done before" in capsys.readouterr().out
     with pytest.raises(UserError, match="round 1: consolidate needs preflight first"):
         go(work, config_of(preflight__on_harm="stop"), ["consolidate"], change=True)
@@ -309,14 +310,15 @@ def test_stop_needs_a_measurement(finished_run, tmp_path, capsys):
 
 def test_the_stage_stands_between_extraction_and_consolidation():
     names = ("deploy", "extract", "demonstrate", "preflight", "consolidate", "evaluate")
-    assert names == STAGES
+    assert names == NAMES
     for games_, mode in itertools.product((0, 1), ("on_policy", "off_policy")):
         config = tiny_config(preflight__games=games_, consolidate__mode=mode)
         expected = set(names)
         expected -= set() if games_ else {"preflight"}
         expected -= {"demonstrate"} if mode == "on_policy" else set()
-        assert stages_of(config) == tuple(name for name in names if name in expected)
-    assert "preflight" not in stages_of({"consolidate": {}})  # a run from before the stage
+        assert [one.name for one in stages_of(config)] == [n for n in names if n in expected]
+    old = stages_of({"consolidate": {}})  # a run from before the stage
+    assert "preflight" not in [one.name for one in old]
 
 
 def test_which_settings_may_change_in_a_workdir():
@@ -411,6 +413,7 @@ def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypat
     config = config_of(
         extract__experience="own_game",
         extract__l_max=1200,
+        sampler__max_len=0,
         evaluate__in_context=False,
         consolidate__steps=1,
     )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import as_flags, tiny_config
 
-from oel_jax import main as oel_main
+import oel_jax
 from oel_jax.config.defaults import as_json, auto_fields, default, validate, with_fields
 from oel_jax.config.file import load_config
 from oel_jax.errors import UserError
@@ -152,10 +152,10 @@ def test_a_run_records_what_was_decided(tmp_path, capsys):
     flags = as_flags(mesh__fsdp="auto", mesh__tp="auto", sampler__slots="auto")
     given = tiny_config(mesh__fsdp="auto", mesh__tp="auto", sampler__slots="auto")
     assert f"--config.mesh.fsdp={as_json(given)['mesh']['fsdp']}" in flags
-    oel_main.run(given, tmp_path, ["deploy"])
+    oel_jax.run(given, tmp_path, ["deploy"])
     said = capsys.readouterr().out
     assert "auto: --config.mesh.fsdp=-1 --config.mesh.tp=1 --config.sampler.slots=64" in said
     kept = read_json(tmp_path / "config.json")
     assert (kept["mesh"], kept["sampler"]["slots"]) == ({"fsdp": -1, "tp": 1}, 64)
-    oel_main.run(given, tmp_path, ["deploy"])  # it resumes
+    oel_jax.run(given, tmp_path, ["deploy"])  # it resumes
     assert bundled.MODEL_DIR.is_dir()

@@ -18,6 +18,7 @@ from oel_jax import environments
 from oel_jax.config import negative_control
 from oel_jax.config.defaults import validate
 from oel_jax.data.trajectories import read
+from oel_jax.distill import topk_kl
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.models import bundled
@@ -25,8 +26,9 @@ from oel_jax.parallel import vocabulary
 from oel_jax.runs.metrics import read as read_metrics
 
 # By name: the package's attributes could be mistaken for the functions in them.
-consolidate, loop = (
-    importlib.import_module(f"oel_jax.{name}") for name in ("learner.consolidate", "loop")
+consolidate, round_evaluation = (
+    importlib.import_module(f"oel_jax.{name}")
+    for name in ("learner.consolidate", "actor.round_evaluation")
 )
 
 MODEL = bundled.MODEL_DIR
@@ -137,9 +139,9 @@ def record_texts(monkeypatch):
         read_by["evaluation"] += texts
         return original(*args, texts=texts, **how)
 
-    original = loop.evaluate
+    original = round_evaluation.evaluate
     monkeypatch.setattr(consolidate, "Teacher", Recording)
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(round_evaluation, "evaluate", evaluate)
     return read_by
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tiny_run import go, tiny_config
 
+import oel_jax
 from oel_jax import environments
-from oel_jax import main as oel_main
 from oel_jax.config.defaults import extractor_budget, validate
 from oel_jax.data import prompts
 from oel_jax.data.trajectories import read
@@ -100,7 +100,7 @@ def test_a_wrong_game_is_one_message_before_anything_is_loaded(tmp_path, fault):
     file.write_text(body)
     config = guess_config(game__name=fault, game__module=str(file))
     with pytest.raises(UserError, match=message):
-        oel_main.run(config, tmp_path / "run")
+        oel_jax.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -140,5 +140,5 @@ def test_knowledge_goes_in_and_comes_out_with_every_wrapper(wrapper):
 def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(tmp_path):
     config = tiny_config(sampler__max_prompt=4, mesh__fsdp=-1)
     with pytest.raises(UserError, match=r"max_prompt is 4, but the first prompt of frozen_lake"):
-        oel_main.run(config, tmp_path / "run")
+        oel_jax.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

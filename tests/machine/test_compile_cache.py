@@ -11,7 +11,7 @@ from tiny_run import ROOT
 CODE = """
 import sys
 import jax
-from oel_jax.runs.session import keep_compiled
+from oel_jax.runs.compilation import keep_compiled
 keep_compiled(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 print(jax.jit(lambda x: x * 2 + 1)(20))

@@ -16,7 +16,7 @@ from oel_jax.config.defaults import default, leaves, validate
 from oel_jax.config.rules import BUCKETS, rules
 from oel_jax.errors import UserError
 from oel_jax.machine import caches, paths
-from oel_jax.runs.session import keep_compiled
+from oel_jax.runs.compilation import keep_compiled
 from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]

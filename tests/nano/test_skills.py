@@ -61,8 +61,8 @@ def test_a_ruined_model_has_lost_them(finished_run, tmp_path):
     ruined = {name: leaf * 0.3 for name, leaf in model.params.items() if not isinstance(leaf, dict)}
     ruined = model.params | ruined
     save_model(tmp_path / "ruined", model.cfg, ruined, source=bundled.MODEL_DIR, dtype="float32")
-    with opened(tmp_path / "run", tiny_config(evaluate__skills=True)) as run:
-        found = skills.evaluate_skills(run, tmp_path / "ruined", tmp_path / "skills.json")
+    config = tiny_config(evaluate__skills=True)
+    found = skills.evaluate_skills(config, tmp_path / "ruined", tmp_path / "skills.json")
     assert found["skill"] < 0.5
 
 

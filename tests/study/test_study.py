@@ -20,14 +20,16 @@ from oel_jax.report import page as report
 from oel_jax.runs.workdir import FREE_FIELDS, Workdir, is_free
 from oel_jax.sampler.sampler import Sampler
 from oel_jax.study import command as command
+from oel_jax.study import shares
 from oel_jax.study import shelf as shelf_module
 from oel_jax.study.command import Expectation, Measure, Other, Plot, Study, Variant
 from oel_jax.study.definitions import Planned, load, runs
 from oel_jax.study.results import Results
-from oel_jax.study.shelf import LEFT_OUT, Shelf, counted
+from oel_jax.study.shares import LEFT_OUT, counted
+from oel_jax.study.shelf import Shelf
 
 loop = importlib.import_module("oel_jax.loop")
-deploy, extract, consolidate, preflight, skills = (
+deploy, extract, consolidate, preflight, skills, round_evaluation = (
     importlib.import_module(f"oel_jax.{name}")
     for name in (
         "actor.deploy",
@@ -35,6 +37,7 @@ deploy, extract, consolidate, preflight, skills = (
         "learner.consolidate",
         "actor.preflight",
         "nano.skills",
+        "actor.round_evaluation",
     )
 )
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.py"))
@@ -377,35 +380,32 @@ def test_left_out_fields_leave_the_files_byte_for_byte(kind, finished_run, tmp_p
         policy, places = finished_run / first / "policy", []
         for number, one in enumerate((tiny_config(), config)):
             places.append(tmp_path / f"{number}.json")
-            with opened(tmp_path / str(number), one) as run:
-                skills.evaluate_skills(run, policy, places[-1])
+            skills.evaluate_skills(one, policy, places[-1])
         assert places[0].read_bytes() == places[1].read_bytes()
         return
     elif kind == "start":
         with _undone(finished_run, tmp_path, config, "evaluate") as run:
-            loop._evaluate_start(run)
+            round_evaluation.evaluate_start(run)
         pattern = "evaluate/start.*"
     else:
         config.evaluate.in_context = kind == "with_knowledge"
         name = {"with_knowledge": "in_context"}.get(kind, kind)
         with _undone(finished_run, tmp_path, config, f"{first}/evaluate") as run:
-            loop._evaluate_round(run, 1)
+            round_evaluation.evaluate_round(run, 1)
         pattern = f"{first}/evaluate/{name}*"
     found, expected = contents(tmp_path / "run", pattern), contents(finished_run, pattern)
     assert expected and found == expected
 
 
 @pytest.mark.parametrize("kind", ["with_knowledge", "consolidated"])
-def test_the_amount_of_play_counts_only_where_boards_seen_do(kind, finished_run, tmp_path):
+def test_the_amount_of_play_counts_only_where_boards_seen_do(kind):
     """Without the split, evaluations do not depend on which boards were deployed."""
     config = tiny_config(evaluate__unseen_split=False)
     less = tiny_config(evaluate__unseen_split=False, deploy__games_per_step=3)
     keys = []
-    for number, one in enumerate((config, less, tiny_config(), tiny_config(deploy__top_k=3))):
-        with opened(tmp_path / str(number), one) as run:
-            keys.append(shelf_module.key_of(run, 1, kind, "x", []))
-            counts = shelf_module.key_of(run, 1, kind, "y", [])
-            assert counts != keys[-1]
+    for one in (config, less, tiny_config(), tiny_config(deploy__top_k=3)):
+        keys.append(shares.share_key(one, 1, kind, "x", []))
+        assert shares.share_key(one, 1, kind, "y", []) != keys[-1]
     assert keys[0] == keys[1] and keys[2] == keys[3] and keys[0] != keys[2]
 
 
@@ -417,10 +417,9 @@ def test_content_counts_not_the_path(finished_run, tmp_path):
     shutil.copytree(finished_run, work)
 
     def keys(**changes):
-        with opened(work, tiny_config(**changes), change=True) as run:
-            stages = ("deploy", "extract", "consolidate", "evaluate")
-            parts = [[part.key for part in shelf_module.parts(run, 1, s)] for s in stages]
-            return [parts, [shelf_module.whole(run, 1, stage) for stage in stages]]
+        stages = (shares.deploy, shares.extract, shares.consolidate, shares.evaluate)
+        found = [stage(tiny_config(**changes), Workdir(work), 1) for stage in stages]
+        return [[[part.key for part in one.parts] for one in found], [one.whole for one in found]]
 
     first = keys()
     assert keys(model__path=str(model)) == first
@@ -543,7 +542,7 @@ def test_a_failed_variant_is_reported_and_the_others_go_on(
         return real(run, round_number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "extract", failing)
+        patch.setattr(extract, "extract", failing)
         assert run_study(study, root) == (False, True)
     out = capsys.readouterr().out
     assert "FAILED: broken/seed_0: RuntimeError: ?[31mout of luck" in out
@@ -761,7 +760,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_studies_are_refused_at_start(message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "learn", None)  # nothing is run
+    monkeypatch.setattr(loop, "run", None)  # nothing is run
     parts = {"baseline": "", "paper": {}, "expectations": (), "plots": ()} | BAD[message]
     study = tiny_study(**parts)
     module = _file(tmp_path / "tiny.py", "()")

@@ -93,7 +93,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
 import oel_jax.learner.consolidate as consolidate
-from oel_jax import nano
+from oel_jax.models import bundled
 bundled.MODEL_DIR = Path({model!r})
 import tiny_run
 update, calls = consolidate.update, []

@@ -13,8 +13,8 @@ from conftest import write_model
 from tiny_run import NANO_CONFIG, as_flags, contents, copy_of, tiny_config
 
 import oel_jax
+from oel_jax import run
 from oel_jax.errors import UserError
-from oel_jax.main import run
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import all_devices, make_mesh
 
@@ -150,7 +150,7 @@ def test_a_user_error_of_a_stage_is_one_message_and_status_2(finished_run, tmp_p
 
 
 def refused(workdir, **changes):
-    """The message that `main.run` refuses a config with, on this process's eight devices."""
+    """The message that `oel_jax.run` refuses a config with, on this process's eight devices."""
     fields = {"mesh__fsdp": -1} | changes
     with pytest.raises(UserError) as caught:
         run(tiny_config(**fields), workdir)

@@ -1,0 +1,389 @@
+"""What the runs of a study can take over from each other, stage by stage.
+
+A key is made of everything a stage can depend on: all config fields but those that provably cannot
+matter (`LEFT_OUT`, checked by a test that changes them all and compares bytes), and the contents of
+the files it reads, the starting model's included. Equal keys, equal files.
+
+Games and evaluations are shared in parts: the games for knowledge, each step's games, each
+evaluation. A stage that finds only some of its parts continues from them as after a kill.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from oel_jax.config.defaults import as_json, extraction_template, leaves
+from oel_jax.models.bundled import resolve_bundled
+from oel_jax.models.huggingface import resolve
+from oel_jax.runs.policies import start_directory
+from oel_jax.runs.stages import stages_of
+from oel_jax.runs.workdir import Workdir, is_free, samples_of, sha256
+
+SCHEMA = "oel.shelf/1"
+
+_LOSS = (
+    "loss.divergence",
+    "loss.support",
+    "loss.correction",
+    "loss.top_k",
+    "loss.temperature",
+    "loss.aggregation",
+)
+_TRAINING = (
+    *_LOSS,
+    "consolidate.mode",
+    "consolidate.learning_rate",
+    "consolidate.b1",
+    "consolidate.b2",
+    "consolidate.eps",
+    "consolidate.weight_decay",
+    "consolidate.clip_norm",
+    "consolidate.token_budget",
+    "consolidate.temperature",
+    "consolidate.keep_fp32_master",
+    "consolidate.drop_remainder",
+    "consolidate.moments_dtype",
+    "consolidate.teacher_dtype",
+    "consolidate.turn_fraction",
+    "consolidate.turn_floor",
+    "consolidate.retention",
+    "consolidate.retention_weight",
+    "consolidate.teacher",
+    "consolidate.teacher_rate",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "guard.response_tokens",
+    "guard.entropy",
+    "guard.skill_drop",
+    "evaluate.steps",
+)
+_DEPLOYING = ("deploy.temperature", "deploy.top_p", "deploy.top_k")
+_AMOUNT = ("deploy.games_per_step", "consolidate.steps")
+_WRITING = (  # how knowledge is written, not which games it is written from
+    "extract.n",
+    "extract.version",
+    "extract.previous",
+    "extract.l_max",
+    "extract.max_prompt",
+    "extract.outcome",
+    "extract.history_markers",
+    "extract.item_marker",
+    "extract.template_file",
+    "extract.unfinished_thought",
+    "extract.truncate",
+    "extract.draft_tokens",
+    "extract.model_path",
+    "extract.experience",
+    "extract.knowledge_from",
+    "extract.deduplicate",
+    "extract.no_op",
+)
+_GAMES_FOR_KNOWLEDGE = (
+    "extract.chains",
+    "extract.n_run",
+    "extract.temperature",
+    "extract.top_p",
+    "extract.top_k",
+    "extract.trajectories",
+)
+_JUDGING = (
+    "evaluate.maps",
+    "evaluate.seeds",
+    "evaluate.temperature",
+    "evaluate.top_p",
+    "evaluate.top_k",
+    "evaluate.unseen_split",
+)
+# Which evaluations are made, not how.
+_EVALUATIONS = ("evaluate.in_context", "evaluate.curve", "evaluate.skills")
+_WHICH = (*_EVALUATIONS, "preflight.games")  # nothing else reads the pre-flight
+
+# The preset is a name, and what it sets is in the other fields; a model counts by its files.
+_ALWAYS = ("preset", "model.path", "model.check_weights")
+
+# Part of a stage -> config fields that cannot change its files. Whatever is not named here counts,
+# fields that are added later included. `AMOUNT` is added where boards already seen do not count.
+LEFT_OUT: dict[str, frozenset[str]] = {
+    name: frozenset((*_ALWAYS, *fields))
+    for name, fields in {
+        "chains": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_JUDGING, *_WHICH),
+        "step": (
+            *_TRAINING,
+            "consolidate.steps",
+            *_WRITING,
+            *_GAMES_FOR_KNOWLEDGE,
+            *_JUDGING,
+            *_WHICH,
+            "evaluate.seed_mode",
+        ),
+        # The extractor and a template file count by what is in them.
+        "knowledge": (
+            *_TRAINING,
+            *_DEPLOYING,
+            *_AMOUNT,
+            *_JUDGING,
+            *_WHICH,
+            "extract.n",
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "extract": (
+            *_TRAINING,
+            *_DEPLOYING,
+            *_AMOUNT,
+            *_JUDGING,
+            *_WHICH,
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "demonstrate": (
+            *_TRAINING,
+            "consolidate.steps",
+            *_JUDGING,
+            *_WHICH,
+            "evaluate.seed_mode",
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "preflight": (  # `AMOUNT` counts: its boards come after those of training
+            *_TRAINING,
+            *_DEPLOYING,
+            "evaluate.maps",
+            "evaluate.seeds",
+            "evaluate.unseen_split",
+            *_EVALUATIONS,
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "consolidate": (
+            *_JUDGING,
+            *_WHICH,
+            "evaluate.seed_mode",
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "start": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_GAMES_FOR_KNOWLEDGE, *_WHICH),
+        "skills": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_GAMES_FOR_KNOWLEDGE, *_WHICH),
+        "with_knowledge": (
+            *_TRAINING,
+            *_DEPLOYING,
+            *_WHICH,
+            "extract.model_path",
+            "extract.template_file",
+            "extract.knowledge_from",
+        ),
+        "consolidated": (
+            *_TRAINING,
+            *_DEPLOYING,
+            *_WRITING,
+            *_GAMES_FOR_KNOWLEDGE,
+            *_WHICH,
+        ),
+    }.items()
+}
+AMOUNT = frozenset(_AMOUNT)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files of a stage that are shared together."""
+
+    key: str
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What of a stage can be shared; what the stage reads must be finished.
+
+    Attributes:
+      parts: one by one.
+      whole: the key of all files of the stage; '' for a stage that is no more than its parts.
+    """
+
+    parts: tuple[Part, ...] = ()
+    whole: str = ""
+
+
+def counted(config: ConfigDict, left_out: frozenset[str]) -> dict[str, Any]:
+    """The fields that count: all but free ones and `left_out`."""
+    fields = leaves(as_json(config))
+    return {path: fields[path] for path in fields if not is_free(path) and path not in left_out}
+
+
+def share_key(config: ConfigDict, number: int, kind: str, name: str, inputs: Any) -> str:
+    """The key of something a stage makes: SHA-256 over fields and inputs.
+
+    Args:
+      number: of the round.
+      kind: a key of `LEFT_OUT`.
+      name: tells things of the same kind apart; random streams depend on it.
+      inputs: plain JSON: the digests of all files that are read.
+    """
+    out = LEFT_OUT[kind]
+    if kind in ("with_knowledge", "consolidated") and not config.evaluate.unseen_split:
+        out = out | AMOUNT
+    fields = counted(config, out)
+    text = json.dumps([SCHEMA, kind, name, number, fields, inputs], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _key_of_parts(stage: str, parts: Iterable[Part]) -> str:
+    text = json.dumps([stage, [part.key for part in parts]])
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# --- what stages read -----------------------------------------------------------------------------
+
+
+def _digests(workdir: Workdir, number: int, stage: str, skip: str = "") -> list[list[str]]:
+    """[path, SHA-256] of a finished stage's files, from the manifest.
+
+    Args:
+      skip: leave out files whose name begins so.
+    """
+    entry = workdir.entry(number, stage)
+    assert entry is not None, f"{stage} of round {number} is not finished"
+    return [
+        [file["path"], file["sha256"]]
+        for file in entry["files"]
+        if not skip or not PurePosixPath(file["path"]).name.startswith(skip)
+    ]
+
+
+_DIRECTORIES: dict[tuple[str, tuple], list[list[str]]] = {}  # hashing a model takes a while
+
+
+def _directory(directory: Path) -> list[list[str]]:
+    """[path, SHA-256] of all files in a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    known = (str(directory.absolute()), state)
+    if known not in _DIRECTORIES:
+        _DIRECTORIES[known] = [[str(p.relative_to(directory)), sha256(p)] for p in files]
+    return _DIRECTORIES[known]
+
+
+def _policy(config: ConfigDict, workdir: Workdir, number: int) -> list[list[str]]:
+    """The files of P_r."""
+    if number == 1:
+        return _directory(start_directory(config))
+    made = [(Path(p), digest) for p, digest in _digests(workdir, number - 1, "consolidate")]
+    return [[path.name, digest] for path, digest in made if path.parent.name == "policy"]
+
+
+def _extraction(config: ConfigDict, workdir: Workdir, number: int) -> list[Any]:
+    """Whatever extraction reads: extractor, games, template, another run's knowledge."""
+    path, other = config.extract.model_path, config.extract.get("knowledge_from", "")
+    extractor = resolve(resolve_bundled(path)) if path else None
+    return [
+        _directory(extractor) if extractor else _policy(config, workdir, number),
+        _digests(workdir, number, "deploy", skip="step_"),
+        extraction_template(config),
+        _directory(Workdir(other).round(number) / "knowledge") if other else [],
+    ]
+
+
+# --- stages, as `runs/stages.py` names them -------------------------------------------------------
+
+
+def deploy(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
+    """The games for knowledge, and each step's games."""
+    policy = _policy(config, workdir, number)
+    chains = 1 if config.extract.trajectories == "shared" else config.extract.chains
+    files = tuple(workdir.extract_games(number, chain) for chain in range(chains))
+    parts = [Part(share_key(config, number, "chains", "", policy), files)]
+    for step in range(1, config.consolidate.steps + 1):
+        key = share_key(config, number, "step", str(step), policy)
+        parts.append(Part(key, (workdir.deploy_games(number, step),)))
+    return Shares(tuple(parts), _key_of_parts("deploy", parts))
+
+
+def extract(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
+    """The texts of all chains after each step; and the stage, with the texts that are used."""
+    inputs = _extraction(config, workdir, number)
+    files = tuple(
+        workdir.knowledge_step(number, chain, step)
+        for chain in range(config.extract.chains)
+        for step in range(1, config.extract.n_run + 1)
+    )
+    part = Part(share_key(config, number, "knowledge", "", inputs), files)
+    return Shares((part,), share_key(config, number, "extract", "", inputs))
+
+
+def demonstrate(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
+    """Each step's demonstrations."""
+    inputs = [_policy(config, workdir, number), _digests(workdir, number, "extract")]
+    parts = [
+        Part(
+            share_key(config, number, "demonstrate", str(step), inputs),
+            (workdir.demonstrations(number, step),),
+        )
+        for step in range(1, config.consolidate.steps + 1)
+    ]
+    return Shares(tuple(parts), _key_of_parts("demonstrate", parts))
+
+
+def preflight(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
+    """Its one file."""
+    inputs = [_policy(config, workdir, number), _digests(workdir, number, "extract")]
+    key = share_key(config, number, "preflight", "", inputs)
+    return Shares((Part(key, (workdir.preflight(number),)),))
+
+
+def consolidate(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
+    """The policies, all of them or none."""
+    inputs = [
+        _policy(config, workdir, number),
+        _digests(workdir, number, "deploy", skip="extract_chain_"),
+        _digests(workdir, number, "extract"),
+    ]
+    if "demonstrate" in [stage.name for stage in stages_of(config)]:
+        inputs.append(_digests(workdir, number, "demonstrate"))
+    return Shares(whole=share_key(config, number, "consolidate", "", inputs))
+
+
+def evaluate(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
+    """Each evaluation; number 0 is that of the start."""
+    parts = []
+
+    def add(kind: str, name: str, inputs: Any, *files: Path) -> None:
+        parts.append(Part(share_key(config, number, kind, name, inputs), files))
+
+    after = _policy(config, workdir, number + 1)
+    if number:
+        points = {n: f"curve_{n:03d}" for n in config.evaluate.curve}
+        if config.evaluate.in_context:
+            points[config.extract.n] = "in_context"
+        inputs = [_policy(config, workdir, number), _digests(workdir, number, "extract")]
+        for n, name in points.items():
+            file = workdir.evaluation(number, name)
+            add("with_knowledge", f"{name} {n}", inputs, samples_of(file), file)
+        file = workdir.evaluation(number, "consolidated")
+        add("consolidated", "", after, samples_of(file), file)
+        skills = workdir.evaluation(number, "skills")
+        for step in config.evaluate.steps:
+            policy = workdir.policy_at(number, step)
+            if policy.exists():
+                file = workdir.evaluation(number, f"step_{step:03d}")
+                add("consolidated", f"step {step}", _directory(policy), samples_of(file), file)
+                if config.evaluate.skills:
+                    file = workdir.evaluation(number, f"step_{step:03d}_skills")
+                    add("skills", "", _directory(policy), file)
+    else:
+        add("start", "", after, samples_of(workdir.start_evaluation), workdir.start_evaluation)
+        skills = workdir.start_skills
+    if config.evaluate.skills:
+        add("skills", "", after, skills)
+    return Shares(tuple(parts))
