@@ -1,10 +1,12 @@
 """Shared data of the tests: the real Qwen3 tokenizer and tiny random Hugging Face models."""
 
+import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,8 +19,17 @@ import pytest
 # Virtual devices for the tests of meshes; unlike XLA_FLAGS this does not leak into subprocesses.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Compiled programs are kept between runs of the tests, and shared with the processes they start.
+if "OEL_TEST_XLA_CACHE" not in os.environ:
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ["OEL_TEST_XLA_CACHE"] = str(caches / "oel_jax" / f"tests-jax-{jax.__version__}")
+jax.config.update("jax_compilation_cache_dir", os.environ["OEL_TEST_XLA_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 # A shell lets commands in the background ignore Ctrl-C, and their children; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+pytest_plugins = ["tiers"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -160,6 +171,29 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def make_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]
+) -> Path:
+    """A directory that all workers of pytest-xdist share; the first that needs it makes it.
+
+    Args:
+      name: of the directory.
+      make: fills the directory, which is not there yet.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of the session; each worker has a directory in it
+    place, made = root / "shared" / name, root / "shared" / f"{name}.made"
+    place.parent.mkdir(exist_ok=True)
+    with open(root / "shared" / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(place, ignore_errors=True)  # of a worker that failed
+            make(place)
+            made.touch()
+    return place
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Workdir of a one-round run with the nano model, never interrupted; copy it, do not change it.
@@ -168,9 +202,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import tiny_run
 
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    tiny_run.go(workdir, tiny_run.tiny_config())
-    return workdir
+    def make(workdir: Path) -> None:
+        tiny_run.go(workdir, tiny_run.tiny_config())
+
+    return make_once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture(scope="session")
@@ -184,8 +219,10 @@ def run_of_command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import tiny_run
 
-    workdir = tmp_path_factory.mktemp("runs") / "by_command"
-    command = [sys.executable, "-m", "oel_jax.main", *tiny_run.as_flags(), f"--workdir={workdir}"]
-    done = subprocess.run(command, cwd=tiny_run.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return workdir
+    def make(workdir: Path) -> None:
+        flags = [*tiny_run.as_flags(), f"--workdir={workdir}"]
+        command = [sys.executable, "-m", "oel_jax.main", *flags]
+        done = subprocess.run(command, cwd=tiny_run.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return make_once(tmp_path_factory, "by_command", make)

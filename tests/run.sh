@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Sets up .venv (shared with launch/local.sh) and runs the tests; arguments go to pytest:
+#   bash tests/run.sh               the default tier
+#   bash tests/run.sh --all         everything (tests/tiers.py has the tiers)
 #   bash tests/run.sh -k workdir
+#   bash tests/run.sh -n0 --pdb     in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -35,4 +38,12 @@ if [ "$want" != "$(cat .venv/installed-compilers 2>/dev/null)" ]; then
   fi
 fi
 
-exec "$python" -m pytest "$@"
+# Compiled programs are kept for the next time (see tests/conftest.py), old ones deleted.
+export OEL_TEST_XLA_CACHE="${OEL_TEST_XLA_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/oel_jax/tests-jax-$version}"
+if [ -d "$OEL_TEST_XLA_CACHE" ]; then
+  find "$OEL_TEST_XLA_CACHE" -type f -atime +14 -delete
+fi
+
+# Two processes, or one a core up to four: each compiles with threads and may need 3 GB of memory.
+cores=$("$python" -c 'import os; print(max(1, min(4, len(getattr(os, "sched_getaffinity", lambda _: range(2))(0)))))')
+exec "$python" -m pytest -n "$cores" --dist loadfile --no-loadscope-reorder "$@"

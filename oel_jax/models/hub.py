@@ -16,7 +16,10 @@ from oel_jax.errors import UserError
 from oel_jax.machine import caches
 from oel_jax.models.weight_files import INDEX, incomplete
 
-WAITS = (2.0, 10.0, 30.0)  # seconds between tries; the hub client tries single requests again too
+WAITS = (2.0, 5.0, 15.0)  # seconds between tries
+# Seconds after which no further try begins. The hub client tries single requests again too, for
+# some 20 s where nothing answers: whoever waits is told within a minute.
+PATIENCE = 25.0
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
@@ -58,6 +61,7 @@ def fetch(
     files: Sequence[str],
     *,
     waits: Sequence[float] = WAITS,
+    patience: float = PATIENCE,
     endpoint: str | None = None,
     cache_dir: Path | None = None,
 ) -> Path:
@@ -65,9 +69,10 @@ def fetch(
 
     Args:
       repository: owner/name.
-      files: names or patterns of the small files that are wanted beside config.json and weights.
+      files: names or patterns of the small files that are wanted besides config.json and weights.
       waits: seconds before each further try after an error of the network or of the hub. When all
         have failed, a whole copy in the cache is used, with a note.
+      patience: seconds from the first try after which no further one begins.
       endpoint, cache_dir: another hub and another cache than the client's own.
 
     Raises:
@@ -90,7 +95,8 @@ def fetch(
         )
 
     small, weights = ["config.json", INDEX, *files], ["*.safetensors"]
-    for wait in (*waits, None):
+    began = time.monotonic()
+    for tries, wait in enumerate((*waits, None), 1):
         try:
             directory = get(small)
             directory = get([*small, *weights], revision=revision(directory))
@@ -101,15 +107,12 @@ def fetch(
             advice = _hopeless(error)
             if advice:
                 raise UserError(f"{repository} {advice} ({_brief(error)})") from error
-            if wait is not None:
-                print(
-                    f"note: fetching {repository} failed ({_brief(error)}); next try in {wait:g} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if wait is not None and time.monotonic() + wait <= began + patience:
+                _note(f"fetching {repository} failed ({_brief(error)}); next try in {wait:g} s")
                 time.sleep(wait)
                 continue
-            directory = _from_cache(get, [*small, *weights], repository, error, len(waits) + 1)
+            directory = _from_cache(get, [*small, *weights], repository, error, tries)
+            break
     reason = incomplete(directory)
     if reason:
         raise UserError(
@@ -126,18 +129,21 @@ def _from_cache(get, names: Sequence[str], repository: str, error: Exception, tr
     except Exception:  # of no kind that could be told to the user better than the first
         directory = None
     if directory is None or incomplete(directory):
+        count = "1 try" if tries == 1 else f"{tries} tries"
         raise UserError(
             f"{repository} is neither a local directory nor could it be fetched from the Hugging "
-            f"Face hub in {tries} tries (the last: {_brief(error)}), and the cache has no whole "
+            f"Face hub in {count} (the last: {_brief(error)}), and the cache has no whole "
             "copy; check the network, or copy the model here and give its directory"
         ) from error
-    print(
-        f"note: the hub cannot be reached ({_brief(error)}); using the copy of {repository} in the "
-        f"cache, {directory}",
-        file=sys.stderr,
-        flush=True,
+    _note(
+        f"the hub cannot be reached ({_brief(error)}); using the copy of {repository} in the "
+        f"cache, {directory}"
     )
     return directory
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

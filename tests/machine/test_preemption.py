@@ -25,7 +25,11 @@ except preemption.Preempted as error:
 
 
 def start(work, before=""):
-    code = CHILD.format(work=work.replace("\n", "\n    "), before=before)
+    return started(CHILD.format(work=work.replace("\n", "\n    "), before=before))
+
+
+def started(code):
+    """A Python process that runs this, once it has said that it is up."""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -127,14 +131,7 @@ def test_a_command_that_only_begins_ends_with_75():
         "sys.argv = ['main', '--config=configs/nano_frozen_lake.py', '--workdir=/nonexistent/x']\n"
         "runpy.run_module('oel_jax.main', run_name='__main__')\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "up\n"
+    process = started(code)
     process.send_signal(signal.SIGTERM)
     found, _, errors = ended(process)
     assert found == 75 and "preemption notice" in errors

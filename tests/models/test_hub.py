@@ -262,6 +262,22 @@ def test_nobody_listens(served, tmp_path):
         fetch(served, tmp_path)
 
 
+def test_whoever_waits_is_told_soon(served, tmp_path, capsys):
+    """What fails slowly is tried less often: the client has tried it several times already."""
+    served.faults["info"] = [500]
+    with pytest.raises(UserError, match="in 2 tries"):
+        hub.fetch(
+            "own/model",
+            FILES,
+            waits=(0.0, 999.0),
+            patience=99.0,
+            endpoint=served.url,
+            cache_dir=tmp_path,
+        )
+    assert capsys.readouterr().err.count("next try") == 1
+    assert sum(hub.WAITS) < hub.PATIENCE < 30  # quick failures have all their tries
+
+
 def test_small_files_come_before_weights(served, tmp_path):
     """Else a cut-off download could hold all weights but, say, not the stop ids."""
     served.faults["generation_config.json"] = [500]
