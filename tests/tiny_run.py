@@ -30,7 +30,7 @@ if "OEL_TEST_XLA_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["OEL_TEST_XLA_CACHE"], ignore_errors=True)
 XLA_CACHE = os.environ["OEL_TEST_XLA_CACHE"]
 jax.config.update("jax_compilation_cache_dir", XLA_CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # One set of shapes for all tests, so that each program is compiled once.
 FIELDS = {
