@@ -144,6 +144,7 @@ def test_boards_of_all_rounds_so_far_count_as_seen(finished_run):
     assert unseen["maps"] == sum(board not in first for board in held_out)
 
 
+@pytest.mark.slow
 def test_sokoban_has_34_unseen_maps_after_a_round_of_the_paper():
     """Spec 9.1: 34 of 128 held-out maps at 64 games in each of 100 steps."""
     config = tiny_config(game__name="sokoban", deploy__games_per_step=64, consolidate__steps=100)

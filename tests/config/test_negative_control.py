@@ -97,12 +97,14 @@ def control(request):
 # --- the loop -------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_the_sound_run_rises(sound):
     assert rise(sound) >= RISE and rise(sound, "in_context") >= RISE
     assert steps(sound, "kl")[0] > 0.1 and min(steps(sound, "mass_topk")) > 0.99
     assert read_json(sound / "summary.json").keys() == {"start", "rounds", "gain_error"}
 
 
+@pytest.mark.e2e
 def test_a_broken_run_does_not_rise(sound, tmp_path, control, monkeypatch, capsys):
     work = copy_of(sound, tmp_path / "run", *REDONE.get(control, ["consolidate", "evaluate"]))
     if control == "foreign_extraction":
@@ -193,6 +195,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.e2e
 def test_a_control_cannot_be_slipped_into_a_sound_run(sound, tmp_path, control):
     work = copy_of(sound, tmp_path / "run", "evaluate")
     with pytest.raises(UserError, match=f'config.negative_control: "none" -> "{control}"'):

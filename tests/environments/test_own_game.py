@@ -42,6 +42,7 @@ def guess_config(**changes):
     return tiny_config(**fields | changes)
 
 
+@pytest.mark.e2e
 def test_a_game_without_a_grid_goes_through_a_whole_run(tmp_path):
     config = guess_config(preflight__games=2)
     validate(config, games=environments.known(config.game))

@@ -40,6 +40,8 @@ from oel_jax.parallel.mesh import make_mesh
 from oel_jax.runs.metrics import read
 from oel_jax.sampler.sampling import Sampling
 
+pytestmark = pytest.mark.lm_eval
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"

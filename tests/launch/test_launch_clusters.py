@@ -130,6 +130,8 @@ def test_a_slurm_dry_run_prints_what_the_job_does(project, tools):
     assert not (project / "runs").exists()
 
 
+@pytest.mark.e2e
+@pytest.mark.signals
 def test_a_real_run_under_slurm_stops_by_a_notice_and_is_finished_when_queued_again(
     tmp_path, tools
 ):

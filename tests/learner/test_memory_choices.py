@@ -67,6 +67,7 @@ def kinds(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_offload_changes_no_bit_and_survives_an_interruption(
     finished_run, plain, tmp_path, kinds, monkeypatch
 ):
@@ -88,11 +89,13 @@ def test_offload_changes_no_bit_and_survives_an_interruption(
     np.testing.assert_array_equal(losses(work), losses(plain))
 
 
+@pytest.mark.slow
 def test_without_offload_all_is_on_the_device(finished_run, plain, tmp_path, kinds):
     assert consolidated(finished_run, tmp_path / "run", **BF16) == policy(plain)
     assert kinds == [["device"] * 3] * 3
 
 
+@pytest.mark.slow
 def test_offload_of_an_adapters_moments(finished_run, tmp_path, kinds):
     lora = dict(lora__rank=2, consolidate__learning_rate=3e-3)
     here = consolidated(finished_run, tmp_path / "a", **lora)
@@ -100,6 +103,7 @@ def test_offload_of_an_adapters_moments(finished_run, tmp_path, kinds):
     assert here == there and kinds[-1] == ["pinned_host", "device", "device"]
 
 
+@pytest.mark.slow
 def test_the_teacher_can_have_another_dtype(finished_run, plain, tmp_path, monkeypatch):
     """In float32 beside a bfloat16 student, and the other way round."""
     teachers, made = [], module.Teacher
@@ -124,6 +128,7 @@ def test_the_teacher_can_have_another_dtype(finished_run, plain, tmp_path, monke
     assert abs(losses(tmp_path / "only")[0] / losses(plain)[0] - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_train(finished_run, plain, tmp_path):
     work = tmp_path / "run"
     assert consolidated(finished_run, work, **BF16, consolidate__moments_dtype="bfloat16") != (

@@ -117,6 +117,7 @@ def plain_step(student, teacher, samples, prompts, terms):
     return loss, gradient, kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_terms_equal_their_plain_formula(few, name):
     student, teacher, samples, prompts = few
@@ -132,6 +133,7 @@ def test_terms_equal_their_plain_formula(few, name):
     assert abs(step_of(mesh, samples, student, teacher, without)[0] - loss) > 1e-3 * abs(loss)
 
 
+@pytest.mark.slow
 def test_retention_with_knowledge_has_the_gradient_of_what_follows_the_prefix(few):
     """Finite differences along a direction, with the student's prefix held fixed."""
     student, teacher, samples, _ = few
@@ -163,6 +165,7 @@ def test_retention_with_knowledge_has_the_gradient_of_what_follows_the_prefix(fe
     assert numeric == pytest.approx(slope, rel=0.02)
 
 
+@pytest.mark.mesh
 def test_eight_devices_equal_one(few):
     student, teacher, samples, _ = few
     step = StepConfig(student.cfg, KL, jnp.float32, "layer", 256, **TERMS["both"])
@@ -257,6 +260,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_changes_a_run_and_resumes_to_the_bit(finished_run, ready, tmp_path, name):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -303,6 +307,7 @@ def test_a_step_without_a_turn_above_the_floor_changes_nothing(ready, tmp_path):
     assert all(0 < row["sensitivity"] < 99 and row["response_tokens"] > 0 for row in rows)
 
 
+@pytest.mark.e2e
 def test_a_guard_stops_a_round_and_keeps_the_last_good_checkpoint(
     ready, tmp_path, monkeypatch, capsys
 ):
@@ -332,6 +337,7 @@ def test_a_guard_stops_a_round_and_keeps_the_last_good_checkpoint(
     assert policy_bytes(work) == policy_bytes(plain)  # as if the round had had two steps
 
 
+@pytest.mark.e2e
 def test_policies_inside_a_round_are_kept_and_measured(ready, tmp_path):
     work, short = tmp_path / "run", tmp_path / "short"
     for place in (work, short):
@@ -372,6 +378,7 @@ def test_the_band_is_that_of_the_first_step(finished_run):
         assert not guards.watches(run.config) and guards.Guard(run).broken(7, values) is None
 
 
+@pytest.mark.e2e
 def test_the_first_step_is_read_once_and_then_remembered(ready, tmp_path, monkeypatch):
     work = tmp_path / "run"
     shutil.copytree(ready, work)
@@ -395,6 +402,7 @@ def test_the_first_step_is_read_once_and_then_remembered(ready, tmp_path, monkey
         assert guards.Guard(run).broken(2, {"student_entropy": 1.0})
 
 
+@pytest.mark.e2e
 def test_a_policy_that_lost_its_skills_is_not_kept(ready, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(skills, "BOARDS", 4)
     monkeypatch.setattr(skills, "SEEDS", 1)

@@ -157,6 +157,7 @@ def check(found: list[Found]) -> None:
             assert one.temporary < one.cache / 8, one
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=str)
 def test_no_program_changes_a_whole_cache_on_a_cpu(dtype, shape):
@@ -164,6 +165,7 @@ def test_no_program_changes_a_whole_cache_on_a_cpu(dtype, shape):
     check(look(mesh, dtype, "qwen3", PROGRAMS[:3]))
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("target", ["h200:1", "v5e:2x2"])
 def test_no_program_changes_a_whole_cache_elsewhere(target):
     if not COMPILERS.is_dir():

@@ -308,6 +308,7 @@ def blank(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.nano
 def test_replies_depend_on_their_key_alone_and_long_prompts_get_none(blank):
     reader = Reader(blank, slots=4, prefill_rows=2)
     texts = ["H, G " * n for n in (1, 12, 3, 2)]
@@ -323,6 +324,7 @@ def test_replies_depend_on_their_key_alone_and_long_prompts_get_none(blank):
     assert reader.too_long == 1
 
 
+@pytest.mark.nano
 def test_a_whole_card_of_a_model_that_can_do_nothing(blank, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "PER_SEED", 3)
     monkeypatch.setattr(measure, "PROBES_PER_SEED", 3)
@@ -362,6 +364,7 @@ def good_lines() -> dict[str, Line]:
     return {name: Line((low + high) / 2, 0.0, 1.0, 100) for name, (low, high) in bars}
 
 
+@pytest.mark.nano
 def test_a_missed_bar_is_named_with_value_and_bar(blank, tmp_path, monkeypatch, capsys):
     command = [f"--model={blank}", f"--out={tmp_path}", "--check"]
     monkeypatch.setattr(card, "measure", lambda reader, seeds: good_lines())
@@ -382,6 +385,7 @@ def test_a_missed_bar_is_named_with_value_and_bar(blank, tmp_path, monkeypatch, 
     assert len(missed) == 3
 
 
+@pytest.mark.nano
 def test_quick_means_two_seeds(blank, tmp_path, monkeypatch):
     seen = []
 
@@ -459,6 +463,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(blank, tmp_path, monkeyp
 # --- the bundled model
 
 
+@pytest.mark.nano
 def test_the_bundled_model_plays_with_knowledge_and_extracts_from_its_games():
     reader = Reader(bundled.MODEL_DIR)
     whole = Measurement(reader, seeds=1, maps=32)

@@ -50,6 +50,7 @@ def test_the_bundled_tokenizer_is_what_the_code_makes(directory, fresh_tokenizer
         assert (directory / name).read_bytes() == (fresh_tokenizer / name).read_bytes()
 
 
+@pytest.mark.nano
 def test_the_bundled_model_is_a_whole_run_of_its_size(directory):
     size = pretrain.SIZES[directory.name]
     assert json.loads((directory / "config.json").read_text()) == pretrain.hf_config(size)
@@ -136,6 +137,7 @@ def won(seats):
 
 
 # Bars for 16 games, in which a rate of 0.8 may well show as 0.6 (the card has the real numbers).
+@pytest.mark.nano
 @pytest.mark.parametrize(("name", "blind", "gold"), [(GAMES[0], 0.25, 0.8), (GAMES[1], 0.45, 0.5)])
 def test_the_bundled_model_plays_well_with_knowledge_and_not_without(directory, name, blind, gold):
     seats = played(directory)
@@ -143,11 +145,13 @@ def test_the_bundled_model_plays_well_with_knowledge_and_not_without(directory, 
     assert won(seats[name, "blind"]) <= blind
 
 
+@pytest.mark.nano
 @pytest.mark.parametrize(("name", "bar"), [(GAMES[0], 0.8), (GAMES[1], 0.5)])
 def test_the_bundled_model_believes_what_it_is_told_not_what_symbols_mean(directory, name, bar):
     assert won(played(directory)[name, "swapped"]) >= bar
 
 
+@pytest.mark.nano
 @pytest.mark.parametrize("name", GAMES)
 def test_the_bundled_model_says_when_it_guesses(directory, name):
     seats = played(directory)
@@ -161,6 +165,7 @@ def test_the_bundled_model_says_when_it_guesses(directory, name):
         assert re.fullmatch(r"<think>[^<]*</think>\[(up|down|left|right)\]", reply)
 
 
+@pytest.mark.nano
 @pytest.mark.parametrize("name", GAMES)
 def test_the_bundled_model_extracts_what_scripted_games_of_the_real_boards_show(reader, name):
     rng, texts, wanted = random.Random(4), [], []
@@ -181,6 +186,7 @@ def test_the_bundled_model_extracts_what_scripted_games_of_the_real_boards_show(
     assert np.mean(right) >= 0.85
 
 
+@pytest.mark.nano
 def test_the_bundled_model_answers_at_once_when_thinking_is_off(reader):
     texts = [
         prompts.play_prompt(environments.make(name, seed).situation(), told(REAL[name]))
@@ -193,6 +199,7 @@ def test_the_bundled_model_answers_at_once_when_thinking_is_off(reader):
     assert np.mean(bare) >= 0.97
 
 
+@pytest.mark.nano
 def test_the_bundled_model_follows_instructions(reader):
     rng = random.Random(5)
     asked = [examples.instruction(rng) for _ in range(40)]

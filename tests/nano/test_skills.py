@@ -21,6 +21,7 @@ def few_games(monkeypatch):
     monkeypatch.setattr(skills, "SEEDS", 1)
 
 
+@pytest.mark.nano
 def test_skills_before_and_after_a_round(finished_run, tmp_path):
     work = copy_of(finished_run, tmp_path / "run", "evaluate")
     manifest = read_json(work / "manifest.json")
@@ -56,6 +57,7 @@ def test_skills_before_and_after_a_round(finished_run, tmp_path):
         assert not run.workdir.finished(1, "evaluate")
 
 
+@pytest.mark.nano
 def test_a_ruined_model_has_lost_them(finished_run, tmp_path):
     model = load_model(bundled.MODEL_DIR, dtype="float32", mesh=make_mesh())
     ruined = {name: leaf * 0.3 for name, leaf in model.params.items() if not isinstance(leaf, dict)}

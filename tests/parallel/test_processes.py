@@ -90,6 +90,7 @@ def policy(workdir):
     return load_file(workdir / "round_001" / "policy" / "model.safetensors")
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_run_of_one(alone, tmp_path):
     workdir, count = tmp_path / "run", 2
     results = end(start(workdir, count, DEVICES))
@@ -113,6 +114,7 @@ def test_two_processes_make_the_run_of_one(alone, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.processes
 def test_updated_parameters_are_those_of_one_process(tmp_path):
     found = []
     for count in (1, 4):
@@ -134,6 +136,7 @@ def test_updated_parameters_are_those_of_one_process(tmp_path):
         np.testing.assert_allclose(value, found[1][name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.processes
 def test_a_mistake_stops_all_with_its_message(tmp_path):
     """Only process 0 sees that the workdir holds another run."""
     workdir = tmp_path / "run"
@@ -145,6 +148,7 @@ def test_a_mistake_stops_all_with_its_message(tmp_path):
         assert "manifest.json exists but" in output and "Traceback" not in output
 
 
+@pytest.mark.processes
 def test_processes_with_other_configs_do_not_start(tmp_path):
     results = end(start(tmp_path / "run", 2, 2, last=["--config.seed=8"]), timeout=120)
     assert [status for status, _ in results] == [2, 2], results
@@ -154,6 +158,8 @@ def test_processes_with_other_configs_do_not_start(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.processes
+@pytest.mark.signals
 def test_a_process_that_dies_stops_the_others(tmp_path):
     workdir = tmp_path / "run"
     started = start(workdir, 2, 2, rounds=50)
@@ -181,6 +187,8 @@ runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.processes
+@pytest.mark.signals
 def test_notice_to_one_process_saves_and_stops_both(alone, tmp_path):
     workdir = copy_of(alone, tmp_path / "run", "consolidate", "evaluate")
     only = ("--stages=consolidate", "--allow_config_change")
@@ -212,6 +220,7 @@ runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.processes
 def test_guards_of_two_processes_decide_by_the_first_step_also_after_a_kill(alone, tmp_path):
     def consolidate(work, band, dies):
         changes = {"guard__entropy": band, "guard__response_tokens": (0.01, 100.0)}

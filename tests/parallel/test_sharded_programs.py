@@ -19,6 +19,8 @@ from oel_jax.plan.collectives import array_bytes, parse
 from oel_jax.plan.programs import Arrays, programs
 from oel_jax.plan.workload import Layout, Slots, Workload
 
+pytestmark = pytest.mark.mesh
+
 VOCABULARY, WIDTH, MLP, LAYERS, KEY_HEADS, KNOWLEDGE = 8212, 64, 4224, 3, 4, 1024
 CFG = ModelConfig(
     family="qwen3",

@@ -302,6 +302,7 @@ def test_collectives_of_a_real_program():
     assert (scatter.bytes, scatter.group, scatter.received) == (4 * 8 * 4, 4, 96)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("grid", [(8, 1), (4, 2)])
 def test_what_is_sent_is_near_the_count_by_hand(monkeypatch, grid):
     """The estimate that stands in where nothing is compiled; float32, as a CPU computes."""
@@ -402,6 +403,7 @@ def run(*words):
     return plan.main([f"--config={CONFIG}", *FLAGS, "--config.mesh.fsdp=-1", *words])
 
 
+@pytest.mark.aot
 def test_a_config_that_fits(capsys, tmp_path):
     small = ["--config.extract.experience=none"]
     small += ["--config.evaluate.in_context=False"]  # fewer programs to compile
@@ -419,6 +421,7 @@ def test_a_config_that_fits(capsys, tmp_path):
     assert "all-gather" in text and "a round, estimated" in text
 
 
+@pytest.mark.aot
 def test_a_config_that_does_not_fit(capsys):
     words = ["--target=cpu:8", "--no_compile", "--config.model.path=Qwen/Qwen3-1.7B"]
     words += ["--config.sampler.max_len=0", "--config.sampler.slots=2048"]
@@ -492,6 +495,7 @@ def test_a_gpu_is_described_with_all_its_numbers():
     assert "device_memory_size: 150" in text
 
 
+@pytest.mark.aot
 def test_compiled_for_a_tpu_that_is_not_here():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install libtpu)")

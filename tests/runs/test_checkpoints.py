@@ -136,6 +136,8 @@ PLACES = {
 }
 
 
+@pytest.mark.e2e
+@pytest.mark.signals
 @pytest.mark.parametrize("place, save_every", [(p, 1000) for p in PLACES] + [("update", 1)])
 def test_a_notice_saves_the_step_and_the_run_goes_on_the_same(
     finished_run, tmp_path, monkeypatch, place, save_every
@@ -166,6 +168,7 @@ def test_a_notice_during_games_loses_none(finished_run, tmp_path, monkeypatch):
     assert results(work) == results(finished_run)
 
 
+@pytest.mark.e2e
 def test_a_round_goes_on_with_other_devices(finished_run, tmp_path, monkeypatch):
     """Eight devices for the first step, four for the second, one for the last."""
     import tiny_run

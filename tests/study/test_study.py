@@ -94,6 +94,7 @@ def one_device(monkeypatch):
 # --- sharing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_sharing_equals_not_sharing_byte_for_byte(finished_study, finished_run, tmp_path):
     go(tmp_path / "fast", tiny_config(consolidate__learning_rate=1e-3))
     for shared, alone in (("slow", finished_run), ("fast", tmp_path / "fast")):
@@ -125,6 +126,7 @@ def test_equal_variants_compute_nothing_twice(finished_study, tmp_path, monkeypa
     assert found == expected
 
 
+@pytest.mark.e2e
 def test_a_deployment_is_shared_in_parts(finished_study, tmp_path, monkeypatch):
     """More steps and other chains: what is equal is linked, the rest is played."""
     root = tmp_path / "study"
@@ -145,6 +147,7 @@ def test_a_deployment_is_shared_in_parts(finished_study, tmp_path, monkeypatch):
     assert games == contents(tmp_path / "alone", "round_001/deploy/*")
 
 
+@pytest.mark.e2e
 def test_demonstrations_are_shared(finished_study, tmp_path, monkeypatch):
     """Both off-policy baselines train on the same games."""
     root = tmp_path / "study"
@@ -166,6 +169,7 @@ def test_demonstrations_are_shared(finished_study, tmp_path, monkeypatch):
     assert rows[0] == rows[1] and "demonstrate" in {row["stage"] for row in rows[0]}
 
 
+@pytest.mark.e2e
 def test_a_preflight_is_shared(finished_study, tmp_path, monkeypatch):
     """It does not depend on how the texts are consolidated, nor on what follows from it."""
     root = tmp_path / "study"
@@ -334,6 +338,7 @@ def _undone(finished_run, tmp_path, config, *places):
     return opened(work, config, change=True)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", sorted(LEFT_OUT))
 def test_left_out_fields_leave_the_files_byte_for_byte(kind, finished_run, tmp_path):
     """All of them changed at once; a field that mattered would show in the bytes."""
@@ -470,6 +475,7 @@ class Killed(BaseException):
     """Ends a study at once."""
 
 
+@pytest.mark.e2e
 def test_a_killed_study_goes_on(finished_study, tmp_path, monkeypatch):
     root, calls = tmp_path / "study", []
     update = consolidate.update
@@ -490,6 +496,7 @@ def test_a_killed_study_goes_on(finished_study, tmp_path, monkeypatch):
     assert read_json(root / "results.json") == read_json(finished_study / "results.json")
 
 
+@pytest.mark.e2e
 def test_a_finished_study_computes_nothing_and_takes_more_seeds(
     finished_study, tmp_path, monkeypatch
 ):
@@ -525,6 +532,7 @@ def test_fewer_seeds_than_before_forget_no_numbers(tmp_path, capsys):
     assert seeds(0) == (0,)
 
 
+@pytest.mark.e2e
 def test_a_failed_variant_is_reported_and_the_others_go_on(
     finished_study, tmp_path, monkeypatch, capsys
 ):

@@ -29,6 +29,7 @@ def run(monkeypatch, main, *words):
     return main()
 
 
+@pytest.mark.slow
 def test_sampler_against_transformers(monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch", reason="the peer is transformers' PyTorch model")
     words = ["--knowledge=70", "--games=4", "--turns=2", "--answer=3", "--repeats=1"]
@@ -45,6 +46,7 @@ def test_sampler_against_transformers(monkeypatch, tmp_path, capsys):
     assert "transformers / ours" in out and "bar >= 8" in out
 
 
+@pytest.mark.slow
 def test_sampler_takes_a_directory_and_can_run_alone(monkeypatch, tmp_path):
     words = ["--knowledge=0", "--games=2", "--turns=2", "--answer=2", "--repeats=1", "--peer=none"]
     model = f"--model={bundled.MODEL_DIR}"
@@ -61,6 +63,7 @@ def test_loss_against_its_products(monkeypatch, tmp_path):
     assert [bar["most"] for bar in record["bars"]] == [True, True]
 
 
+@pytest.mark.slow
 def test_consolidation_against_torch(monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch", reason="the peer is written in torch")
     monkeypatch.setitem(SHAPES, "25m", (64, 2, 4, 2, 16, 96, 512, True))
@@ -75,6 +78,7 @@ def test_consolidation_against_torch(monkeypatch, tmp_path, capsys):
     assert "torch / ours" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_consolidation_compares_nothing_if_the_losses_differ(monkeypatch, tmp_path):
     pytest.importorskip("torch", reason="the peer is written in torch")
     monkeypatch.setitem(SHAPES, "25m", (64, 2, 4, 2, 16, 96, 512, True))
@@ -96,6 +100,7 @@ def test_attention(monkeypatch, tmp_path):
     assert record["bars"][0]["target"] is None and record["ratio"][0] > 0
 
 
+@pytest.mark.slow
 def test_loop(monkeypatch, tmp_path):
     fields = {name: value for name, value in FIELDS.items() if name != "compilation_cache"}
     monkeypatch.setattr(loop, "PRESETS", {"nano": "nano_frozen_lake"})

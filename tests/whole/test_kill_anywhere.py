@@ -10,6 +10,8 @@ from tiny_run import FIELDS, NANO_CONFIG
 from oel_jax.models import bundled
 
 
+@pytest.mark.e2e
+@pytest.mark.signals
 def test_a_killed_run_ends_as_one_left_alone(run_of_command, tmp_path):
     settings = FIELDS | {"model.path": str(bundled.MODEL_DIR)}
     interrupted = Interrupted(NANO_CONFIG, settings, longest=12.0, seed=3)

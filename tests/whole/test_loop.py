@@ -54,6 +54,7 @@ def tear(path):
         file.write(b'{"schema": "oel.tr')
 
 
+@pytest.mark.e2e
 def test_a_run_killed_in_every_stage_equals_an_uninterrupted_one(finished_run, tmp_path):
     work, config = tmp_path / "run", tiny_config()
     first = work / "round_001"
@@ -107,6 +108,7 @@ tiny_run.go(Path(sys.argv[1]), tiny_run.tiny_config())
 """
 
 
+@pytest.mark.e2e
 def test_a_killed_process_goes_on_from_its_checkpoint(finished_run, tmp_path, capsys):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     tests = Path(__file__).resolve().parents[1]
@@ -122,6 +124,8 @@ def test_a_killed_process_goes_on_from_its_checkpoint(finished_run, tmp_path, ca
     assert results(work) == results(finished_run)
 
 
+@pytest.mark.e2e
+@pytest.mark.signals
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(run_of_command, tmp_path):
     work = copy_of(run_of_command, tmp_path / "run", "consolidate", "evaluate")
     command = [sys.executable, "-u", "-m", "oel_jax.main", *as_flags(), f"--workdir={work}"]
@@ -159,6 +163,8 @@ runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.e2e
+@pytest.mark.signals
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_stopped_in_consolidation_it_resumes_at_that_step(run_of_command, tmp_path, number, status):
     """Not at the last multiple of `save_every`."""
@@ -364,6 +370,7 @@ class Cups:
         return str(self.seed // 1000 % 2)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("game", ["sokoban", "cups"])
 def test_other_games_go_through_the_loop(tmp_path, game, capsys):
     if game == "cups":

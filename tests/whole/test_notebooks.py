@@ -95,6 +95,7 @@ def test_committed_notebooks_read_well_on_a_web_page(path):
     assert not re.search(r"https?://|\b\d+\.\d+\.\d+\.\d+\b|[A-Z]:\\\\", text)
 
 
+@pytest.mark.notebook
 def test_1_the_loop_step_by_step():
     names, text = run(
         NAMES[0], BOARDS=12, CHAINS=2, GAMES=2, STEPS=2, GAMES_PER_STEP=4, LEARNING_RATE=1e-3
@@ -132,6 +133,7 @@ def check_the_signal(names):
 HOSTILE = "- EXPERIENCE ITEM: $x_{\x1b[31m^"  # ends a colour, begins mathematics
 
 
+@pytest.mark.notebook
 def test_2_what_the_knowledge_says(finished_run, tmp_path, plots):
     workdir = tiny_run.copy_of(finished_run, tmp_path / "run")
     win, lose = "- EXPERIENCE ITEM: G wins the game.", "- EXPERIENCE ITEM: H is deadly."
@@ -180,6 +182,7 @@ def test_2_reads_items_of_several_lines(finished_run):
     assert "\n".join(found) == text and names["items_of"]("") == []
 
 
+@pytest.mark.notebook
 def test_3_the_kl_kernel():
     names, text = run(
         NAMES[2],
@@ -221,6 +224,7 @@ def test_3_the_kl_kernel():
     assert fused < plain / 4 and fused < logits and logits == 4 * 256 * 20_000
 
 
+@pytest.mark.notebook
 def test_4_reading_a_run(tmp_path, plots):
     place = tmp_path / "made"  # there is no such run: the notebook makes it
     changes = tiny_run.FIELDS | {"evaluate.curve": (1,), "consolidate.steps": 2}
@@ -264,6 +268,7 @@ def check_points(axes, expected):
     np.testing.assert_allclose(points, list(enumerate(expected)))
 
 
+@pytest.mark.notebook
 def test_5_your_own_game(tmp_path, monkeypatch, plots):
     monkeypatch.setattr(
         environments, "_factories", dict(environments._factories)
