@@ -22,6 +22,11 @@ _left_out: Counter[str] = Counter()
 _too_slow: list[str] = []
 
 
+def meshes(default: tuple[int, int], *others: tuple[int, int]) -> list:
+    """Parameters for a test on meshes ('fsdp', 'tp'): one in the default tier, others in `mesh`."""
+    return [default, *(pytest.param(shape, marks=pytest.mark.mesh) for shape in others)]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the slower tiers too (tests/tiers.py)")
 

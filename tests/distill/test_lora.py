@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_step import CFG, KL, TEXTS, close, make_model, make_samples, prompts, run
+from tiers import meshes
 from tiny_run import copy_of, go, opened, tiny_config
 
 from oel_jax.config.rules import _ADAPTABLE
@@ -251,7 +252,7 @@ def test_remat_changes_nothing(prompts, whole, remat):
     close(gradients, whole[1], 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("shape", meshes((2, 4), (4, 2), (8, 1)))
 def test_eight_devices_equal_one(prompts, whole, shape):
     loss, gradients, _, (_, adapter, _, _) = lora_run(make_mesh(*shape), prompts)
     assert abs(loss - whole[0]) <= 1e-5 * abs(whole[0])

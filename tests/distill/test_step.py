@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from tiers import meshes
 
 from oel_jax.data.prompts import play_prompt
 from oel_jax.distill.aggregation import sample_weights
@@ -251,6 +252,7 @@ def test_micro_batch_size_cannot_change_the_result(student, teacher, samples, ho
         assert np.abs(a - b).max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_memory_is_predicted_before_a_step(teacher, prompts, fsdp, capsys):
     """Compiled ahead = compiled on call; what layers keep shows in the compiler's number."""
@@ -289,7 +291,7 @@ def test_remat_and_query_blocks_change_nothing(student, teacher, samples, whole,
     close(other[1], whole[1], 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("shape", meshes((2, 4), (4, 2), (8, 1)))
 def test_eight_devices_equal_one(prompts, whole, shape):
     """Student, teacher, cached prefixes and loss, all split: loss, gradients, updated weights."""
     mesh = make_mesh(*shape)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import meshes
 
 from oel_jax.models import attention as module
 from oel_jax.models.attention import attention
@@ -109,7 +110,7 @@ def test_rows_in_bfloat16_stay_close():
     np.testing.assert_allclose(ours.astype(jnp.float32), plain(*given), atol=0.04, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 2)])
+@pytest.mark.parametrize("shape", meshes((2, 2), (4, 1), (1, 2)))
 def test_mesh_equals_one_device(shape):
     q, k, v, segments, prefix, shared = inputs()
 

@@ -206,7 +206,7 @@ import os, runpy, sys
 import jax
 from oel_jax.learner import consolidate
 from oel_jax.learner import guards
-real, update, calls = guard.read_metrics, consolidate.update, []
+real, update, calls = guards.read_metrics, consolidate.update, []
 def read(path):
     assert jax.process_index() == 0, "another process reads what process 0 writes"
     return real(path)
@@ -215,7 +215,7 @@ def dying(*args, **kwargs):
     if {dies} and len(calls) == 3:
         os._exit(9)
     return update(*args, **kwargs)
-guard.read_metrics, consolidate.update = read, dying
+guards.read_metrics, consolidate.update = read, dying
 runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
 """
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
+from tiers import meshes
 
 from oel_jax.parallel import vocabulary
 from oel_jax.parallel.mesh import all_rows, make_mesh
@@ -12,7 +13,7 @@ from oel_jax.parallel.vocabulary import AT_REST, SPREAD, lookup
 from oel_jax.sampler.requests import request_key
 from oel_jax.sampler.sampling import Sampling, draw, sample
 
-MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+MESHES = meshes((2, 4), (8, 1), (4, 2), (1, 8))
 
 
 def rows(kind, width):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 from jax import P
+from tiers import meshes
 
 from oel_jax.errors import UserError
 from oel_jax.learner import consolidate
@@ -128,7 +129,7 @@ def test_samplers_are_those_of_a_real_run(finished_run, tmp_path, monkeypatch):
         assert len(real._prefixes) <= slots.lanes and real.longest_prefix <= slots.shared
 
 
-@pytest.mark.parametrize("grid", [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("grid", meshes((2, 4), (8, 1), (4, 2)))
 def test_placed_bytes_are_those_of_real_arrays(grid):
     config = tiny_run.tiny_config(consolidate__moments_dtype="bfloat16")
     cfg = ModelConfig.from_hf(hf_config((64, 3, 8, 4, 16, 128, 512, False)))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from tiers import meshes
 
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh
@@ -107,7 +108,7 @@ def test_keeping_a_wrong_draft_would_be_noticed(model, requests, monkeypatch):
     assert [a.ids for a in ours] != [b.ids for b in plain]
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("shape", meshes((2, 2), (2, 1)))
 def test_mesh_equals_one_device(model, requests, shape):
     plain = make(model, draft=3).generate(model.params, requests)
     mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import meshes
 
 from oel_jax.errors import UserError
 from oel_jax.evaluate import likelihood
@@ -162,7 +163,7 @@ def test_answers_do_not_depend_on_the_batch(model, requests, answers):
         np.testing.assert_array_equal(alone.log_probs, answers[index].log_probs)
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize("shape", meshes((2, 4), (4, 2), (8, 1)))
 @pytest.mark.parametrize("how", [Sampling(0.7), Sampling(0.7, 20, 0.8), Sampling(0.0)])
 def test_mesh_equals_one_device(model, requests, shape, how):
     expected = make(model, how=how).generate(model.params, requests[:10])
@@ -181,7 +182,7 @@ def gathered(sampler, params):
     return max((math.prod(map(int, dims.split(","))) for dims in found if dims), default=0)
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("shape", meshes((2, 2), (4, 1)))
 def test_whole_weights_say_the_same_and_gather_nothing_of_them(model, requests, shape):
     mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
     split = load_model(model.directory, mesh=mesh).params
