@@ -22,7 +22,8 @@ from oel_jax.models.config import ModelConfig
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.plan.programs import Arrays, programs
 from oel_jax.plan.targets import find
-from oel_jax.plan.workload import Layout, Slots, Workload
+from oel_jax.plan.workload import Layout, Workload
+from oel_jax.runs.samplers import SamplerLayout
 from oel_jax.sampler.slots import Admission, admit, copy_slots, put_prefix
 
 # Key heads and their width: Qwen3, Llama-3.2, and SmolLM2, whose heads fill no tile of a TPU.
@@ -135,7 +136,16 @@ def look(
     """The programs that are given a cache or make one, compiled for a mesh."""
     config, cfg = default(), model(heads)
     config.model.dtype, config.loss.chunk = dtype, 64
-    slots = Slots(SLOTS, 8, length=LENGTH, response=64, lanes=1, shared=KNOWLEDGE, chunk=64)
+    slots = SamplerLayout(
+        slots=SLOTS,
+        rows=8,
+        prompt=64,
+        response=64,
+        length=LENGTH,
+        lanes=1,
+        shared=KNOWLEDGE,
+        draft=0,
+    )
     shape = Shape(mesh.shape["fsdp"], 128, 64)
     work = Workload(slots, slots, None, KNOWLEDGE, 1, shape, shape, 1, 1.0)
     with jax.set_mesh(mesh):

@@ -26,7 +26,8 @@ from oel_jax.parallel.mesh import make_mesh, spec
 from oel_jax.plan import targets
 from oel_jax.plan.collectives import parse
 from oel_jax.plan.programs import Arrays
-from oel_jax.plan.workload import Layout, Slots, Workload
+from oel_jax.plan.workload import Layout, Workload
+from oel_jax.runs.samplers import SamplerLayout
 
 BOUND = 0.003  # a float32 sum that is rounded to bfloat16: 0.002
 ROWS, TOKENS, VOCABULARY, OFTEN = 4, 1021, 72, 3  # no other dimension has a multiple of TOKENS
@@ -207,7 +208,9 @@ def traced(kind, mesh, tokens):
     config.lora.rank = 4 if kind == "lora" else 0
     config.lora.targets = ",".join(decoder.ADAPTABLE)
     cfg = dataclasses.replace(CFG, tie_embeddings=kind == "tied")
-    slots = Slots(16, 8, length=128, response=32, lanes=1, shared=64, chunk=32)
+    slots = SamplerLayout(
+        slots=16, rows=8, prompt=32, response=32, length=128, lanes=1, shared=64, draft=0
+    )
     shape = Shape(4, tokens, tokens)
     work = Workload(slots, slots, None, 64, 1, shape, shape, 1, 1.0)
     with jax.set_mesh(mesh):

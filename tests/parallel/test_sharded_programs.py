@@ -17,7 +17,8 @@ from oel_jax.models.config import ModelConfig
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.plan.collectives import array_bytes, parse
 from oel_jax.plan.programs import Arrays, programs
-from oel_jax.plan.workload import Layout, Slots, Workload
+from oel_jax.plan.workload import Layout, Workload
+from oel_jax.runs.samplers import SamplerLayout
 
 pytestmark = pytest.mark.mesh
 
@@ -56,7 +57,9 @@ def compiled(request):
     mesh = make_mesh(*request.param)
     config = default()
     config.model.dtype, config.loss.chunk = "float32", 64
-    slots = Slots(16, 8, length=128, response=32, lanes=1, shared=KNOWLEDGE, chunk=32)
+    slots = SamplerLayout(
+        slots=16, rows=8, prompt=32, response=32, length=128, lanes=1, shared=KNOWLEDGE, draft=0
+    )
     shape = Shape(mesh.shape["fsdp"], 64, 32)
     work = Workload(slots, slots, None, KNOWLEDGE, 1, shape, shape, 1, 1.0)
     with jax.set_mesh(mesh):
