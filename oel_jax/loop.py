@@ -22,7 +22,7 @@ from typing import Any
 import ml_collections
 
 from oel_jax import environments
-from oel_jax.actor.deploy import check_first_prompts
+from oel_jax.actor.play import check_first_prompts
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.config import negative_control
 from oel_jax.config.defaults import as_json, validate

@@ -112,7 +112,7 @@ def results(workdir: Path) -> dict[str, object]:
         contents(
             workdir,
             "evaluate/*",
-            "round_*/deploy/*",
+            "round_*/trajectories/*",
             "round_*/knowledge/**/*",
             "round_*/policy/*",
             "round_*/evaluate/*",

@@ -10,15 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from oel_jax import environments
-from oel_jax.actor.deploy import Job, Played, forget_records, play_recorded
+from oel_jax.actor.play import Job, Played, make_player
+from oel_jax.actor.recording import (
+    Format,
+    GameFile,
+    read_records,
+    record_games,
+    remove_records,
+)
+from oel_jax.data.messages import NOTHING, Context
 from oel_jax.files import write_json
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.intervals import board_clustered_interval
-from oel_jax.runs.samplers import sampling
+from oel_jax.runs.metrics import Metrics, NoMetrics
+from oel_jax.runs.samplers import lane_count, sampling, slot_count
 from oel_jax.runs.session import Run
 from oel_jax.runs.workdir import samples_of
 
@@ -46,16 +56,18 @@ def evaluate(
     Finished games are kept beside the result while it runs, so nothing is played twice.
     """
     if processes.from_first(file.exists() and samples_of(file).exists()):
-        return run.read_json(file)
+        return processes.json_from_first(file)
     config = run.config.evaluate
+    contexts = [Context("knowledge", text) for text in texts] or [NOTHING]
     boards = environments.heldout_seeds(config.maps)
-    slots = run.slots(config.seeds * config.maps)
-    lanes = run.lanes(len(set(texts)), slots)
+    fsdp = run.host.shape["fsdp"]
+    slots = slot_count(run.config, fsdp, config.seeds * config.maps)
+    lanes = lane_count(fsdp, len(set(texts)), slots)
     jobs = [
         Job(
             boards[column],
             ("evaluate", round_number, name, index),
-            knowledge=texts[index % len(texts)] if texts else "",
+            contexts[index % len(contexts)],
             chain=index,
             tag=(index, column),
         )
@@ -63,15 +75,22 @@ def evaluate(
         for column in range(config.maps)
         for index in range(first, min(first + lanes, config.seeds))
     ]
-    log = file.with_suffix(".games.jsonl")
-    how = sampling(config)
-    records = play_recorded(run, model, jobs, log, label, how, slots, _fits, _record)
-    result = _summarise(run, records, round_number)
-    _show(run, file.stem, round_number, records)
+    log, how = GameFile(file.with_suffix(".games.jsonl"), jobs), sampling(config)
+    form = Format(record=_record, name=_name, name_of_job=lambda job: list(job.tag))
+    record_games(
+        [log],
+        form,
+        lambda games: make_player(run.config, model, run.host, how, contexts, games),
+        label,
+        run.config.log.console_every,
+    )
+    records = read_records(log, form)
+    result = _summarise(run.config, records, round_number)
+    _show(run.metrics, file.stem, round_number, records)
     if processes.is_first():
         write_json(samples_of(file), {"games": _samples(records)})
         write_json(file, result)
-    forget_records(log)
+    remove_records(log.path)
     return result
 
 
@@ -87,7 +106,7 @@ def _record(played: Played) -> dict[str, Any]:
     }
     if _is_sampled(index, column):
         record["text"] = {
-            "knowledge": played.job.knowledge,
+            "knowledge": played.job.context.text,
             "turns": [
                 {"observation": t.observation, "response": t.response, "action": t.action}
                 for t in played.turns
@@ -108,43 +127,47 @@ def _samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: record[name] for name in names} | record["text"] for record in kept]
 
 
-def _show(run: Run, name: str, round_number: int, records: list[dict[str, Any]]) -> None:
+def _show(
+    metrics: Metrics | NoMetrics, name: str, round_number: int, records: list[dict[str, Any]]
+) -> None:
     """In TensorBoard: how long the answers are, and one game to read."""
     stage = f"evaluate_{name}"
     lengths = [tokens for record in records for tokens in record["tokens"]]
-    run.metrics.histogram("response_tokens", round_number, lengths, stage, round_number)
+    metrics.histogram("response_tokens", round_number, lengths, stage, round_number)
     game = _samples(records)[0]
     parts = [f"board {game['map'] + 1}, {'won' if game['passed'] else 'lost'}"]
     for number, turn in enumerate(game["turns"], 1):
         parts += [f"--- turn {number}: the game says", turn["observation"].strip()]
         parts += ["--- the policy answers", turn["response"]]
     parts += ["--- the end", game["outcome"].strip()]
-    run.metrics.text("game", round_number, "\n".join(parts), stage, round_number)
+    metrics.text("game", round_number, "\n".join(parts), stage, round_number)
 
 
-def _fits(record: dict[str, Any], job: Job) -> bool:
-    """Whether a recorded game is this job's, with its words if it is a sampled one."""
-    sampled = _is_sampled(*job.tag)
-    return (record["seed_index"], record["map"]) == job.tag and (not sampled or "text" in record)
+def _name(record: dict[str, Any]) -> list[int] | None:
+    """Whose game a record is; None if it is a sampled game without its words."""
+    name = [record["seed_index"], record["map"]]
+    return None if _is_sampled(*name) and "text" not in record else name
 
 
-def _seen_boards(run: Run, round_number: int) -> set[str]:
+def _seen_boards(config: ml_collections.ConfigDict, round_number: int) -> set[str]:
     """Boards of all deploy games up to and including this round."""
     seen: set[str] = set()
     for number in range(1, round_number + 1):
-        for step in range(1, run.config.consolidate.steps + 1):
-            seeds = environments.deploy_seeds(number, step, run.config.deploy.games_per_step)
-            seen.update(environments.board_ids(run.config.game.name, seeds))
+        for step in range(1, config.consolidate.steps + 1):
+            seeds = environments.deploy_seeds(number, step, config.deploy.games_per_step)
+            seen.update(environments.board_ids(config.game.name, seeds))
     return seen
 
 
-def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> dict[str, Any]:
+def _summarise(
+    config: ml_collections.ConfigDict, records: list[dict[str, Any]], round_number: int
+) -> dict[str, Any]:
     """Pass rates as fractions, intervals, lengths, and which games were won."""
-    config = run.config.evaluate
+    settings = config.evaluate
     records = sorted(records, key=lambda record: (record["seed_index"], record["map"]))
-    shape = (config.seeds, config.maps)
+    shape = (settings.seeds, settings.maps)
     passes = np.array([record["passed"] for record in records]).reshape(shape)
-    boards = [record["board"] for record in records[: config.maps]]
+    boards = [record["board"] for record in records[: settings.maps]]
     mean, low, high = board_clustered_interval(passes, boards)
     turns = [len(record["tokens"]) for record in records]
     result: dict[str, Any] = {
@@ -158,11 +181,11 @@ def _summarise(run: Run, records: list[dict[str, Any]], round_number: int) -> di
         "per_seed": passes.mean(axis=1).tolist(),
         "passed": ["".join("01"[won] for won in row) for row in passes.astype(int)],
     }
-    limits = environments.bounds(run.config.game.name)
+    limits = environments.bounds(config.game.name)
     if limits is not None:
         result |= {"random_policy": limits.floor, "perfect_play": limits.ceiling}
-    if config.unseen_split:
-        seen = _seen_boards(run, round_number)
+    if settings.unseen_split:
+        seen = _seen_boards(config, round_number)
         unseen = [column for column, board in enumerate(boards) if board not in seen]
         result["unseen"] = {"maps": len(unseen)}
         if unseen:

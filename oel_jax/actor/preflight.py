@@ -19,20 +19,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from oel_jax import environments
-from oel_jax.actor.deploy import Job, Played, forget_records, play_recorded
+from oel_jax.actor.play import Job, Played, make_player
+from oel_jax.actor.recording import Format, GameFile, read_records, record_games, remove_records
+from oel_jax.data.messages import NOTHING, Context
 from oel_jax.errors import UserError
 from oel_jax.files import write_json
-from oel_jax.learner.contexts import empty_on_purpose, texts_of_round
+from oel_jax.learner.contexts import contexts_of_round, empty_on_purpose
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.gains import points
 from oel_jax.report.intervals import board_clustered_interval, paired_difference
-from oel_jax.runs.metrics import table
-from oel_jax.runs.samplers import sampling
-from oel_jax.runs.session import Run
+from oel_jax.runs.metrics import Metrics, NoMetrics, table
+from oel_jax.runs.policies import load_player, policy_directory
+from oel_jax.runs.samplers import lane_count, sampling, slot_count
+from oel_jax.runs.session import Run, finished
 
 
 def preflight(run: Run, round_number: int) -> list[Path]:
@@ -47,18 +51,19 @@ def preflight(run: Run, round_number: int) -> list[Path]:
     """
     file = run.workdir.preflight(round_number)
     if processes.from_first(file.exists()):
-        result = run.read_json(file)
+        result = processes.json_from_first(file)
     else:
-        model = run.policy(round_number)
-        texts = texts_of_round(run, round_number, model)
+        directory = policy_directory(run.config, run.workdir, round_number)
+        model = load_player(run.config, directory, run.host, today=run.today)
+        texts = [context.text for context in contexts_of_round(run, round_number, model)]
         log = file.with_suffix(".games.jsonl")
-        contexts = list(dict.fromkeys(["", *texts]))  # an equal text would play the same games
-        records = _games(run, round_number, model, contexts, log)
-        result = _summarise(run, round_number, texts, contexts, records)
+        read = list(dict.fromkeys(["", *texts]))  # an equal text would play the same games
+        records = _games(run, round_number, model, read, log)
+        result = _summarise(run.config.preflight.games, round_number, texts, read, records)
         if processes.is_first():
             write_json(file, result)
-        forget_records(log)
-    _log(run, round_number, result)
+        remove_records(log)
+    _log(run.metrics, round_number, result)
     print(_table(round_number, result))
     return [file]
 
@@ -75,7 +80,7 @@ def check_gain(run: Run, round_number: int) -> None:
     config = run.config.preflight
     if not config.games or empty_on_purpose(run.config):
         return
-    if not run.finished(round_number, "preflight"):
+    if not finished(run.workdir, round_number, "preflight"):
         if config.on_harm == "stop":
             raise UserError(
                 f"round {round_number}: consolidate needs preflight first, since "
@@ -86,7 +91,7 @@ def check_gain(run: Run, round_number: int) -> None:
             "the knowledge is consolidated without a measurement of its gain in context"
         )
         return
-    result = run.read_json(run.workdir.preflight(round_number))
+    result = processes.json_from_first(run.workdir.preflight(round_number))
     gain, (low, high), least = result["gain"], result["ci95"], config.least_gain
     if gain > least:
         return
@@ -103,16 +108,15 @@ def check_gain(run: Run, round_number: int) -> None:
     if high < least and config.on_harm == "stop":
         raise UserError(
             f"{what}, and neither is the interval's high end (config.preflight.on_harm='stop'). "
-            f"Try {fixes} with a new --workdir, or go on in this one with "
+            f"Try {fixes} with a new --workdir, or resume this one with "
             "--config.preflight.on_harm=warn"
         )
     sure = "" if high < least else "; the interval leaves room for a gain"
     print(f"WARNING: {what}{sure}. It is consolidated all the same; {fixes} may help")
 
 
-def boards(run: Run, round_number: int) -> list[int]:
-    """Seeds of the boards: those behind the round's last trained one, in the deploy numbering."""
-    config = run.config
+def preflight_boards(config: ml_collections.ConfigDict, round_number: int) -> list[int]:
+    """Seeds of the boards: those after the round's last trained one, in the deploy numbering."""
     seeds: list[int] = []
     step = config.consolidate.steps
     while len(seeds) < config.preflight.games:
@@ -122,21 +126,30 @@ def boards(run: Run, round_number: int) -> list[int]:
 
 
 def _games(
-    run: Run, round_number: int, model: LanguageModel, contexts: Sequence[str], log: Path
+    run: Run, round_number: int, model: LanguageModel, texts: Sequence[str], log: Path
 ) -> list[dict[str, Any]]:
-    """One game for each context and board; those in `log` are not played again."""
-    config, seeds = run.config, boards(run, round_number)
-    slots = run.slots(len(contexts) * len(seeds))
-    lanes = run.lanes(sum(map(bool, contexts)), slots)
+    """One game for each text and board; those in `log` are not played again."""
+    config, seeds = run.config, preflight_boards(run.config, round_number)
+    contexts = [Context("knowledge", text) if text else NOTHING for text in texts]
+    fsdp = run.host.shape["fsdp"]
+    slots = slot_count(config, fsdp, len(texts) * len(seeds))
+    lanes = lane_count(fsdp, sum(map(bool, texts)), slots)
     jobs = [
         Job(seed, ("preflight", round_number), contexts[index], chain=0, tag=(index, column))
-        for first in range(0, len(contexts), lanes)  # as many texts side by side as are shared
+        for first in range(0, len(texts), lanes)  # as many texts side by side as are shared
         for column, seed in enumerate(seeds)
-        for index in range(first, min(first + lanes, len(contexts)))
+        for index in range(first, min(first + lanes, len(texts)))
     ]
-    label = f"round {round_number} preflight"
-    how = sampling(config.evaluate)
-    return play_recorded(run, model, jobs, log, label, how, slots, _fits, _record)
+    file, how = GameFile(log, jobs), sampling(config.evaluate)
+    form = Format(record=_record, name=_name, name_of_job=lambda job: list(job.tag))
+    record_games(
+        [file],
+        form,
+        lambda games: make_player(config, model, run.host, how, contexts, games),
+        f"round {round_number} preflight",
+        config.log.console_every,
+    )
+    return read_records(file, form)
 
 
 def _record(played: Played) -> dict[str, Any]:
@@ -150,25 +163,23 @@ def _record(played: Played) -> dict[str, Any]:
     }
 
 
-def _fits(record: dict[str, Any], job: Job) -> bool:
-    return (record["context"], record["column"]) == job.tag
+def _name(record: dict[str, Any]) -> list[int]:
+    return [record["context"], record["column"]]
 
 
 def _summarise(
-    run: Run,
+    games: int,
     round_number: int,
     texts: Sequence[str],
-    contexts: Sequence[str],
+    played: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Pass rates, gains with intervals, answer lengths, and which games were won."""
-    columns = range(run.config.preflight.games)
+    columns = range(games)
     found = {(record["context"], record["column"]): record for record in records}
-    rows = {
-        text: [found[index, column] for column in columns] for index, text in enumerate(contexts)
-    }
+    rows = {text: [found[index, column] for column in columns] for index, text in enumerate(played)}
     ids = [record["board"] for record in rows[""]]
-    passes = {text: np.array([record["passed"] for record in rows[text]]) for text in contexts}
+    passes = {text: np.array([record["passed"] for record in rows[text]]) for text in played}
     none = passes[""][None, None]
 
     def gain_of(some: Sequence[str]) -> tuple[float, list[float]]:
@@ -211,7 +222,7 @@ def _tokens_per_answer(records: Sequence[dict[str, Any]]) -> float:
     return sum(tokens) / len(tokens)
 
 
-def _log(run: Run, round_number: int, result: dict[str, Any]) -> None:
+def _log(metrics: Metrics | NoMetrics, round_number: int, result: dict[str, Any]) -> None:
     gains = [text["gain"] for text in result["texts"]]
     rates = [text["pass_rate"] for text in result["texts"]]
     values = {
@@ -224,8 +235,8 @@ def _log(run: Run, round_number: int, result: dict[str, Any]) -> None:
         "pass_rate_with": (sum(rates), len(rates)),
         **result["played"],
     }
-    run.metrics.rewind("preflight", round_number, round_number - 1)
-    run.metrics.scalars("preflight", round_number, values, round=round_number)
+    metrics.rewind("preflight", round_number, round_number - 1)
+    metrics.scalars("preflight", round_number, values, round=round_number)
 
 
 def _table(round_number: int, result: dict[str, Any]) -> str:

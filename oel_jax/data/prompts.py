@@ -38,7 +38,7 @@ Current situation:
 # For games without a grid (config `game.wrapper`); the rest is the paper's.
 PLAIN_HEAD = HEAD.replace(" playing a game on a grid,", " playing a game,")
 PLAIN_KNOWLEDGE_HEAD = KNOWLEDGE_HEAD.replace(" playing a game on a grid,", " playing a game,")
-HEADS = {"grid": (HEAD, KNOWLEDGE_HEAD), "plain": (PLAIN_HEAD, PLAIN_KNOWLEDGE_HEAD)}
+WRAPPERS = {"grid": (HEAD, KNOWLEDGE_HEAD), "plain": (PLAIN_HEAD, PLAIN_KNOWLEDGE_HEAD)}
 
 TAIL = (
     "\n\nWhat action do you take? "
@@ -192,48 +192,15 @@ def _fill(template: str, values: dict[str, str]) -> str:
 
 
 def play_prompt(situation: str, knowledge: str = "", wrapper: str = "grid") -> str:
-    """The user message of one turn (spec 4.4).
+    """The user message of one turn (spec 4.4; with knowledge, spec 8.1 step 4).
 
     Args:
         situation: the game's text so far, ending in one newline (`Game.situation`).
         knowledge: knowledge text for the front of the prompt; '' gives the form without knowledge.
-        wrapper: config `game.wrapper`, a key of `HEADS`.
+        wrapper: config `game.wrapper`, a key of `WRAPPERS`.
     """
-    return with_knowledge(HEADS[wrapper][0] + situation + TAIL, knowledge)
-
-
-def with_knowledge(prompt: str, knowledge: str) -> str:
-    """The teacher's prompt: the fixed head replaced by the head with knowledge (spec 8.1, step 4).
-
-    Empty knowledge returns the prompt unchanged.
-
-    Raises UserError when the prompt does not start with the fixed head.
-    """
-    if not knowledge:
-        return prompt
-    found = [pair for pair in HEADS.values() if prompt.startswith(pair[0])]
-    if not found:
-        raise UserError(
-            f"cannot put knowledge into a prompt that does not start with {HEAD!r}; it starts with "
-            f"{prompt[:80]!r}. Prompts of trajectories must be made by prompts.play_prompt"
-        )
-    head, with_it = found[0]
-    return _fill(with_it, {"{experience}": knowledge}) + prompt[len(head) :]
-
-
-def without_knowledge(prompt: str, knowledge: str) -> str:
-    """What `with_knowledge` made `prompt` of.
-
-    Raises UserError when the prompt does not start with that knowledge.
-    """
-    for head, with_it in HEADS.values():
-        start = _fill(with_it, {"{experience}": knowledge}) if knowledge else head
-        if prompt.startswith(start):
-            return head + prompt[len(start) :]
-    raise UserError(
-        "a prompt does not begin with the knowledge that was drawn for it; the round's texts "
-        f"have changed since it was played. It begins with {prompt[:80]!r}"
-    )
+    head, told = WRAPPERS[wrapper]
+    return (_fill(told, {"{experience}": knowledge}) if knowledge else head) + situation + TAIL
 
 
 def math_prompt(problem: str, knowledge: str = "") -> str:

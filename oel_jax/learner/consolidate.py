@@ -1,6 +1,6 @@
 """Server side: knowledge into weights (paper Eq. 2, spec section 8).
 
-Per step: all prefixes of 64 games, one knowledge text drawn per prefix; the student answers without
+Per step: all decision points of 64 games, one context drawn for each; the student answers without
 it, the frozen teacher P_r re-reads the answer with it, and the student's top-k reverse KL is
 minimised by one AdamW update. Nothing here touches a game. The baselines (`consolidate.mode`) take
 the answers from demonstrations instead, see `rollouts`; what may keep many rounds stable
@@ -20,7 +20,8 @@ import ml_collections
 import numpy as np
 
 from oel_jax.config.choices import chosen_loss
-from oel_jax.data.trajectories import prefixes, read
+from oel_jax.data.trajectories import decision_points
+from oel_jax.data.trajectory_files import TrajectoryStore
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.lora import Lora, adapted, fresh_adapter, merged, save_adapter
 from oel_jax.distill.optimizer import optimizer
@@ -37,9 +38,15 @@ from oel_jax.distill.step import (
 from oel_jax.distill.topk_kl import KLConfig, pick_support
 from oel_jax.files import write_json
 from oel_jax.learner import guards
-from oel_jax.learner.contexts import own_contexts, texts_of_round
+from oel_jax.learner.contexts import contexts_of_round, own_contexts
 from oel_jax.learner.memory import Accumulator, used
-from oel_jax.learner.rollouts import demonstrated, header, on_policy
+from oel_jax.learner.rollouts import (
+    Step,
+    common_beginning,
+    demonstrated,
+    episodes_of_step,
+    on_policy,
+)
 from oel_jax.learner.selection import moved, selected
 from oel_jax.learner.teacher import Teacher, cache_bytes
 from oel_jax.machine import preemption
@@ -49,12 +56,13 @@ from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import DTYPES
 from oel_jax.parallel import processes
 from oel_jax.parallel.lookout import Lookout
-from oel_jax.parallel.mesh import device_bytes, put_batch
+from oel_jax.parallel.mesh import device_bytes, on_host, put_batch
 from oel_jax.parallel.offload import parts, to_device, to_host
 from oel_jax.runs.checkpoints import RoundCheckpoints
 from oel_jax.runs.console import Progress, waiting
 from oel_jax.runs.metrics import mean_values, table
 from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.policies import sampler_params
 from oel_jax.runs.profiling import StepTrace
 from oel_jax.runs.session import Run
 from oel_jax.sampler.sampler import Sampler
@@ -86,7 +94,8 @@ class _Round:
     run: Run
     number: int
     teacher: Teacher
-    head: tuple[int, ...]
+    store: TrajectoryStore
+    beginning: tuple[int, ...]
     sampler: Sampler
     step: StepConfig
     add: Accumulator
@@ -102,14 +111,15 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     teacher_model = run.load(run.policy_directory(round_number), teacher_dtype, run.mesh)
     teacher = Teacher(
         teacher_model,
-        texts_of_round(run, round_number, teacher_model),
+        contexts_of_round(run, round_number, teacher_model),
         thinking=config.model.thinking,
         block=config.model.attention_block,
     )
-    # Which prompts a cached prefix is made from must not depend on where a run goes on.
-    games = read(run.workdir.deploy_games(round_number, 1))
-    first, own = prefixes(games), own_contexts(run, games, teacher_model.tokenizer)
-    head = header(first)
+    # Which prompts a cached prefix is made from must not depend on where a run resumes.
+    store = TrajectoryStore(run.workdir.trajectories(round_number))
+    games = [stored.trajectory for stored in episodes_of_step(config, store, "deploy", 1)]
+    first, own = decision_points(games), own_contexts(config, games, teacher_model.tokenizer)
+    beginning = common_beginning(first)
     tx = optimizer(settings)
     step_config = static_settings(config, teacher_model.cfg)
     label = f"round {round_number} consolidate"
@@ -122,11 +132,11 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
             Sampling(settings.temperature),
             prompt=config.sampler.max_prompt,
             response=config.sampler.max_response,
-            prefixes=[head],
+            prefixes=[beginning],
         )
         some = first[:16]
         with waiting(f"{label}: the teacher reads the texts"):
-            teacher.prepare([each.prompt for each in some], [own[each.game] for each in some])
+            teacher.prepare([each.dialogue for each in some], [own[each.episode] for each in some])
         _follow(run, student, teacher)
         add = Accumulator(step_config, _held(run, student, teacher, sampler))
         with (
@@ -138,7 +148,8 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
                 run,
                 round_number,
                 teacher,
-                head,
+                store,
+                beginning,
                 sampler,
                 step_config,
                 add,
@@ -360,12 +371,20 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
             teacher.model.params = to_host(teacher.model.params)
         this.progress.say("the student answers")
         # Nothing here holds on to these weights: in bfloat16 they are a copy that has to go.
+        episodes = episodes_of_step(run.config, this.store, "deploy", number)
         samples, stopped = on_policy(
-            run, this.number, number, _weights(this, student), teacher, this.head, this.sampler
+            run.config,
+            Step(this.number, number),
+            episodes,
+            sampler_params(run.config, on_host(_weights(this, student), run.mesh, run.host)),
+            teacher,
+            this.beginning,
+            this.sampler,
         )
         teacher.model.params = to_device(teacher.model.params)
     else:
-        samples, stopped = demonstrated(run, this.number, number, teacher)
+        episodes = episodes_of_step(run.config, this.store, "demonstrate", number)
+        samples, stopped = demonstrated(run.config, Step(this.number, number), episodes, teacher)
     rolled_out = time.monotonic()
     made, values = samples, {}
     if samples and (settings.turn_fraction < 1 or settings.turn_floor > 0):

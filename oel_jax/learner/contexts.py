@@ -1,7 +1,14 @@
-"""The texts of a round: read for those who use them, and filled in without an extractor.
+"""The contexts of a round: what the teacher reads in addition to what the student reads.
 
-Whole games in the place of knowledge, what another run knows (spec 10.5), and empty texts fill the
-files that `extract` would have filled, so that everything after it is the same.
+Each source of texts is a kind of context (`oel_jax.data.messages.Context`):
+
+    knowledge   the K texts that `extract` wrote, or that another run wrote (spec 10.5)
+    raw         whole games in their place
+    hindsight   per game, the game itself to its end (`extract.experience='own_game'`)
+    none        nothing: a control
+
+Whole games, texts of another run, and empty texts fill the files that `extract` would have filled,
+so that everything after it is the same.
 """
 
 import random
@@ -13,7 +20,9 @@ import ml_collections
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config import negative_control
 from oel_jax.data import knowledge, prompts
-from oel_jax.data.trajectories import Trajectory, read
+from oel_jax.data.messages import Context
+from oel_jax.data.trajectories import Trajectory
+from oel_jax.data.trajectory_files import TrajectoryStore, read
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.machine import paths
@@ -25,7 +34,7 @@ from oel_jax.runs.workdir import Workdir
 def raw_trajectories(run: Run, round_number: int) -> None:
     """The first i games of a chain, whole, as its text after step i.
 
-    The histories are those that an extractor would read, one behind the other, cut to `l_max` from
+    The histories are those that an extractor would read, one after the other, cut to `l_max` from
     the newest line back (the v3 rule).
     """
     config = run.config.extract
@@ -35,12 +44,12 @@ def raw_trajectories(run: Run, round_number: int) -> None:
         return len(tokenizer.encode(text))
 
     for chain in range(config.chains):
-        source = 0 if config.trajectories == "shared" else chain
-        games = read(run.workdir.extract_games(round_number, source))[: config.n_run]
+        games = games_of_chain(run.config, run.workdir, round_number, chain)
         text = ""
         for step, game in enumerate(games, start=1):
-            turns = [(turn.observation, turn.response) for turn in game.turns]
-            history = prompts.extraction_history(turns, game.outcome, outcome_mode=config.outcome)
+            history = prompts.extraction_history(
+                game.exchanges(), game.outcome or "", outcome_mode=config.outcome
+            )
             text = knowledge.truncate(
                 text + history, config.l_max, count, "v3", keep=config.truncate
             )
@@ -48,6 +57,15 @@ def raw_trajectories(run: Run, round_number: int) -> None:
                 run.workdir.knowledge_step(round_number, chain, step),
                 _record(chain, step, text, history, count(text)),
             )
+
+
+def games_of_chain(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, chain: int
+) -> list[Trajectory]:
+    """The trajectories that the text of a chain is drawn from, in the order of its steps."""
+    source = 0 if config.extract.trajectories == "shared" else chain
+    store = TrajectoryStore(workdir.trajectories(round_number))
+    return read(store.path("extract", source))[: config.extract.n_run]
 
 
 def _record(chain: int, step: int, text: str, added: str, tokens: int) -> dict[str, Any]:
@@ -70,37 +88,39 @@ def empty_on_purpose(config: ml_collections.ConfigDict) -> bool:
     return config.extract.experience in ("none", "own_game")
 
 
-def own_contexts(run: Run, games: Sequence[Trajectory], tokenizer: Tokenizer) -> list[str]:
-    """Per game, a context that its prefixes have for themselves; '' = they use the K texts.
+def own_contexts(
+    config: ml_collections.ConfigDict, games: Sequence[Trajectory], tokenizer: Tokenizer
+) -> list[Context | None]:
+    """Per trajectory, the context that its decision points have alone; None = a shared one.
 
-    This is the general form of the teacher's context. With `extract.experience='own_game'` it is
-    the game itself, whole: the history that an extractor would read, with its outcome
-    (`extract.outcome`), cut to `l_max` from the newest line back. So the teacher knows how the game
-    went on and ended, and the student learns what that would have changed in its answers.
+    With `extract.experience='own_game'` it is the game itself, whole: the history that an extractor
+    would read, with its outcome (`extract.outcome`), cut to `l_max` from the newest line back. So
+    the teacher knows how the game went on and ended, and the student learns what that would have
+    changed in its answers.
     """
-    config = run.config.extract
+    config = config.extract
     if config.experience != "own_game":
-        return [""] * len(games)
-    return [
-        knowledge.truncate(
-            prompts.extraction_history(
-                [(turn.observation, turn.response) for turn in game.turns],
-                game.outcome,
-                outcome_mode=config.outcome,
-            ).strip(),
+        return [None] * len(games)
+
+    def history(game: Trajectory) -> str:
+        text = prompts.extraction_history(
+            game.exchanges(), game.outcome or "", outcome_mode=config.outcome
+        )
+        return knowledge.truncate(
+            text.strip(),
             config.l_max,
             lambda text: len(tokenizer.encode(text)),
             "v3",
             keep=config.truncate,
         )
-        for game in games
-    ]
+
+    return [Context("hindsight", history(game)) for game in games]
 
 
 def no_experience(run: Run, round_number: int) -> None:
     """K empty texts: a control, in which the teacher knows no more than the student.
 
-    Also where the context belongs to single prefixes (`own_games`).
+    Also where each game has a context for itself (`own_contexts`).
     """
     for chain in range(run.config.extract.chains):
         for step in range(1, run.config.extract.n_run + 1):
@@ -196,6 +216,15 @@ def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[st
             "teacher without knowledge"
         )
     return negative_control.teacher_texts(run.config, round_number, texts)
+
+
+def contexts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[Context]:
+    """The contexts that all decision points of a round draw from; see `texts_of_round`."""
+    kind = _KINDS[run.config.extract.experience]
+    return [Context(kind, text) for text in texts_of_round(run, round_number, model)]
+
+
+_KINDS = {"knowledge": "knowledge", "raw": "raw", "none": "none", "own_game": "none"}
 
 
 def drawn_texts(round_number: int, step: int, count: int, texts: int) -> list[int]:

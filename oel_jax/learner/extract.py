@@ -17,9 +17,9 @@ from pathlib import Path
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config.defaults import extraction_template, extractor_budget
 from oel_jax.data import answers, knowledge, prompts
-from oel_jax.data.trajectories import Trajectory, read
+from oel_jax.data.trajectories import Trajectory
 from oel_jax.files import read_json, write_json
-from oel_jax.learner.contexts import no_experience, of_another_run, raw_trajectories
+from oel_jax.learner.contexts import games_of_chain, no_experience, of_another_run, raw_trajectories
 from oel_jax.learner.history import with_markers
 from oel_jax.machine import preemption
 from oel_jax.models.bundled import resolve_bundled
@@ -120,9 +120,7 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
 def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
     """A chain's games, and the text of its last finished step."""
     config = run.config.extract
-    source = 0 if config.trajectories == "shared" else number
-    games = read(run.workdir.extract_games(round_number, source))[: config.n_run]
-    chain = _Chain(number, games)
+    chain = _Chain(number, games_of_chain(run.config, run.workdir, round_number, number))
     while chain.done < config.n_run:
         file = run.workdir.knowledge_step(round_number, number, chain.done + 1)
         if not file.exists():
@@ -146,16 +144,16 @@ def _request(
 
     def message(turns: list[tuple[str, str]]) -> str:
         return prompts.extraction_prompt(
-            prompts.extraction_history(turns, game.outcome, outcome_mode=config.outcome),
+            prompts.extraction_history(turns, game.outcome or "", outcome_mode=config.outcome),
             chain.text if config.previous else "",
             version=config.version,
             template=extraction_template(run.config),
         )
 
     if config.history_markers == "tokens":
-        text = with_markers(message, game.turns, player, extractor.tokenizer)
+        text = with_markers(message, game, player, extractor.tokenizer)
     else:
-        text = message([(turn.observation, turn.response) for turn in game.turns])
+        text = message(game.exchanges())
     ids = extractor.tokenizer.chat(text, thinking=run.config.model.thinking)
     key = run.chain_key(chain.number, "extractor", round_number, step)
     return Request(ids, key, extractor_budget(run.config)[1], (chain, step))

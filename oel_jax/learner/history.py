@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from oel_jax.chat.tokenizer import Tokenizer
 from oel_jax.data.answers import CLOSE, OPEN
-from oel_jax.data.trajectories import Turn
+from oel_jax.data.trajectories import Trajectory
 
 # A character that Unicode reserves for use inside programs. Text may hold it all the same.
 _MARK = "\uffff"
@@ -20,7 +20,7 @@ _MARK = "\uffff"
 
 def with_markers(
     compose: Callable[[list[tuple[str, str]]], str],
-    turns: Sequence[Turn],
+    game: Trajectory,
     wrote: Tokenizer,
     reads: Tokenizer,
 ) -> list[str | int]:
@@ -28,12 +28,13 @@ def with_markers(
 
     Args:
         compose: makes the message from (observation, response) of every turn.
-        turns: the game.
+        game: its turns must have ids.
         wrote: the player's tokenizer, for `Turn.response_ids`.
         reads: the extractor's; a marker that it does not have stays text.
     """
     known = {token.text: i for i, token in reads.control.items() if token.text in (OPEN, CLOSE)}
-    plain = compose([(turn.observation, turn.response) for turn in turns])
+    exchanges = game.exchanges()
+    plain = compose(exchanges)
     # Longer than any run of it in the message: no text can pass for a stand-in.
     mark = _MARK * (1 + max(map(len, re.findall(f"{_MARK}+", plain)), default=0))
     stand_ins = {text: f"{mark}{i}{mark}" for text, i in known.items()}
@@ -42,10 +43,10 @@ def with_markers(
             stand_ins.get(piece, piece) if number % 2 else piece
             for number, piece in enumerate(pieces(turn.response, turn.response_ids, wrote))
         )
-        for turn in turns
+        for turn in game.turns
     ]
     message = compose(
-        [(turn.observation, said) for turn, said in zip(turns, responses, strict=True)]
+        [(said, marked) for (said, _), marked in zip(exchanges, responses, strict=True)]
     )
     found = re.split(f"{mark}([0-9]+){mark}", message)
     return [int(piece) if number % 2 else piece for number, piece in enumerate(found)]

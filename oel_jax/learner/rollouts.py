@@ -1,19 +1,20 @@
 """The answers a consolidation step learns from: the student's own, or a demonstrator's.
 
-`on_policy` is the method (spec 8.1): the student answers all prefixes of a step without knowledge.
-`demonstrated` is the off-policy baseline (spec 10.2): P_r has already played with knowledge in its
-prompt, and those answers are read from files. Either way the teacher reads the same answers behind
-its own prompt, which carries the knowledge text that was drawn. Nothing here touches a game.
+`on_policy` is the method (spec 8.1): the student answers at all decision points of a step without a
+context. `demonstrated` is the off-policy baseline (spec 10.2): P_r has already played with a
+context, and those answers are read from the store. Either way the teacher reads the same answers
+after its own prompt, which has the context that was drawn. Nothing here touches a game.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 
-from oel_jax.data import prompts
-from oel_jax.data.trajectories import Prefix, prefixes, read
+from oel_jax.chat.render import render
+from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
+from oel_jax.data.trajectory_files import Stored, TrajectoryStore
 from oel_jax.distill.packing import Sample
 from oel_jax.errors import UserError
 from oel_jax.learner.contexts import drawn_texts, own_contexts
@@ -22,69 +23,96 @@ from oel_jax.machine import preemption
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.shared_prefix import SHARED_FROM, shared_start
 from oel_jax.parallel import processes
-from oel_jax.parallel.mesh import on_host
-from oel_jax.runs.session import Run
+from oel_jax.runs.keys import generation_key
 from oel_jax.sampler.requests import Completion, Request
 from oel_jax.sampler.sampler import Sampler
 
 
-def header(first: Sequence[Prefix]) -> tuple[int, ...]:
-    """Ids that the prompts of the first step begin with: read once a step for all rollouts."""
-    ids = shared_start([prefix.prompt_ids for prefix in first])
+class Step(NamedTuple):
+    """Which optimizer step of which round, both from 1."""
+
+    round: int
+    number: int
+
+
+def episodes_of_step(
+    config: ml_collections.ConfigDict, store: TrajectoryStore, purpose: str, number: int
+) -> list[Stored]:
+    """The trajectories that optimizer step `number` (from 1) learns from.
+
+    Each step takes the next `deploy.games_per_step` of the store, in its order, whatever files they
+    are in.
+    """
+    size = config.deploy.games_per_step
+    return store.read(purpose, (number - 1) * size, number * size)
+
+
+def common_beginning(points: Sequence[DecisionPoint]) -> tuple[int, ...]:
+    """Ids that the prompts of the first step begin with: read once a step for all rollouts.
+
+    () if they are too few to matter, or if some points have no ids, which `on_policy` refuses.
+    """
+    if any(point.prompt_ids is None for point in points):
+        return ()
+    ids = shared_start([point.prompt_ids for point in points])
     return ids if len(ids) >= SHARED_FROM else ()
 
 
 def on_policy(
-    run: Run,
-    round_number: int,
-    number: int,
+    config: ml_collections.ConfigDict,
+    step: Step,
+    episodes: Sequence[Stored],
     weights: Any,
     teacher: Teacher,
-    head: tuple[int, ...],
+    beginning: tuple[int, ...],
     sampler: Sampler,
 ) -> tuple[list[Sample], int]:
-    """The student's answers to all prefixes of step `number`; and how many stopped by themselves.
+    """The student's answers at all decision points; and how many stopped by themselves.
 
     There may be none, see `_kept`.
 
     Args:
-      weights: the student's, in the compute dtype.
-      head: `header` of the first step's prefixes.
+      weights: the student's, as the sampler reads them.
+      beginning: `common_beginning` of the first step.
     """
-    path = run.workdir.deploy_games(round_number, number)
-    games = read(path)
-    batch = _kept(run, prefixes(games))
-    if not batch:
+    games = [stored.trajectory for stored in episodes]
+    points = _kept(config, decision_points(games))
+    if not points:
         return [], 0
-    _check_ids(path, batch, teacher.model)
+    _check_ids(episodes, points, teacher.model)
     requests = [
         Request(
-            prefix.prompt_ids,
-            run.key("consolidate", round_number, number, index),
-            run.config.sampler.max_response,
-            prefix=head,
+            point.prompt_ids,
+            generation_key(config, "consolidate", step.round, step.number, index),
+            config.sampler.max_response,
+            prefix=beginning,
         )
-        for index, prefix in enumerate(batch)
+        for index, point in enumerate(points)
     ]
-    weights = run.played_with(on_host(weights, run.mesh, run.host))
     sampler.forget()  # the weights have changed
     answers = _all_answers(_own_answers(sampler, weights, processes.share(requests)))
-    drawn = drawn_texts(round_number, number, len(batch), len(teacher.texts))
-    own = own_contexts(run, games, teacher.model.tokenizer)
+    drawn = drawn_texts(step.round, step.number, len(points), len(teacher.contexts))
+    own = own_contexts(config, games, teacher.model.tokenizer)
     samples = []
-    for prefix, text, answer in zip(batch, drawn, answers, strict=True):
-        shared, suffix = teacher.split(text, prefix.prompt, own[prefix.game])
+    for point, number, answer in zip(points, drawn, answers, strict=True):
+        shared, suffix = teacher.split(number, point.dialogue, own[point.episode])
         samples.append(
             Sample(
-                prefix.prompt_ids, suffix, shared, answer.ids, answer.log_probs, text, prefix.game
+                point.prompt_ids,
+                suffix,
+                shared,
+                answer.ids,
+                answer.log_probs,
+                number,
+                point.episode,
             )
         )
     return samples, sum(answer.stopped for answer in answers)
 
 
-def _kept(run: Run, batch: list[Prefix]) -> list[Prefix]:
-    """The batch of a step without its last N mod `drop_remainder`: nothing, where it is shorter."""
-    return batch[: len(batch) - len(batch) % max(run.config.consolidate.drop_remainder, 1)]
+def _kept(config: ml_collections.ConfigDict, points: list[DecisionPoint]) -> list[DecisionPoint]:
+    """A step's points without the last N mod `drop_remainder`: nothing, where there are fewer."""
+    return points[: len(points) - len(points) % max(config.consolidate.drop_remainder, 1)]
 
 
 def _own_answers(
@@ -106,54 +134,74 @@ def _all_answers(mine: Sequence[Completion] | None) -> list[Completion]:
     if processes.count() == 1 and mine is not None:
         return list(mine)
     plain = mine and [[c.ids, c.log_probs.tolist(), c.stopped] for c in mine]
-    said = processes.exchange(plain)
-    if None in said:
+    received = processes.exchange(plain)
+    if None in received:
         raise preemption.Preempted
     return [
         Completion(None, ids, np.array(log_probs, np.float32), stopped)
-        for ids, log_probs, stopped in processes.together(said)
+        for ids, log_probs, stopped in processes.together(received)
     ]
 
 
 def demonstrated(
-    run: Run, round_number: int, number: int, teacher: Teacher
+    config: ml_collections.ConfigDict, step: Step, episodes: Sequence[Stored], teacher: Teacher
 ) -> tuple[list[Sample], int]:
-    """What P_r answered with knowledge in its prompt, as answers to the prompts without it.
+    """What P_r answered with a context, as answers to the prompts without it.
 
     An empty answer has no token to learn from and is left out.
 
     Raises:
-      UserError: a prompt does not begin with the text that was drawn for its game.
+      UserError: a game was played with another context than was drawn for it.
     """
-    path = run.workdir.demonstrations(round_number, number)
-    games = read(path)
-    answered = [p for p in prefixes(games) if games[p.game].turns[p.turn].response_ids]
-    batch = _kept(run, answered)
-    _check_ids(path, batch, teacher.model)
-    drawn = drawn_texts(round_number, number, len(games), len(teacher.texts))
-    tokenizer, thinking = teacher.model.tokenizer, run.config.model.thinking
+    games = [stored.trajectory for stored in episodes]
+    answered = [
+        point
+        for point in decision_points(games)
+        if games[point.episode].turns[point.turn].response_ids
+    ]
+    points = _kept(config, answered)
+    _check_ids(episodes, points, teacher.model)
+    drawn = drawn_texts(step.round, step.number, len(games), len(teacher.contexts))
+    tokenizer, thinking = teacher.model.tokenizer, config.model.thinking
     samples, stopped = [], 0
-    for prefix in batch:
-        text = drawn[prefix.game]
-        try:
-            plain = prompts.without_knowledge(prefix.prompt, teacher.texts[text])
-        except UserError as error:
-            raise UserError(f"{path}: game {prefix.game + 1}: {error}") from error
-        response = games[prefix.game].turns[prefix.turn].response_ids
-        shared, suffix = teacher.split(text, plain)
+    for point in points:
+        number, game = drawn[point.episode], games[point.episode]
+        if _text(game) != teacher.contexts[number].text:
+            raise UserError(
+                f"{episodes[point.episode].path}: the game of seed {game.seed} was not played with "
+                "the knowledge that was drawn for it; the round's texts have changed since: run "
+                "the demonstrate stage again in a new --workdir"
+            )
+        response = game.turns[point.turn].response_ids
+        shared, suffix = teacher.split(number, point.dialogue)
         # The sampler's log-probabilities are those of another prompt: there is nothing to compare.
         none = np.zeros(len(response), np.float32)
-        ids = tokenizer.chat(plain, thinking=thinking)
-        samples.append(Sample(ids, suffix, shared, response, none, text, prefix.game))
+        ids = render(tokenizer, point.dialogue, thinking=thinking)
+        samples.append(Sample(ids, suffix, shared, response, none, number, point.episode))
         stopped += response[-1] in tokenizer.stop_ids
     return samples, stopped
 
 
-def _check_ids(path: Path, batch: Sequence[Prefix], model: LanguageModel) -> None:
+def _text(game: Trajectory) -> str:
+    """The text that a game was played with."""
+    return "" if game.context is None else game.context.text
+
+
+def _check_ids(
+    episodes: Sequence[Stored], points: Sequence[DecisionPoint], model: LanguageModel
+) -> None:
     """Ids come from a file: refuse what this model cannot have read."""
-    highest = max((max(prefix.prompt_ids) for prefix in batch), default=0)
-    if highest >= model.cfg.vocab_size:
-        raise UserError(
-            f"{path}: prompt id {highest} does not exist in {model.directory} (vocabulary "
-            f"{model.cfg.vocab_size}); the trajectories come from another model: deploy this one"
-        )
+    for point in points:
+        path = episodes[point.episode].path
+        if point.prompt_ids is None:
+            raise UserError(
+                f"{path}: {episodes[point.episode].trajectory!r} has no ids: another model than "
+                "ours answered, and such trajectories cannot be trained on"
+            )
+        highest = max(point.prompt_ids)
+        if highest >= model.cfg.vocab_size:
+            raise UserError(
+                f"{path}: prompt id {highest} does not exist in {model.directory} (vocabulary "
+                f"{model.cfg.vocab_size}); the trajectories come from another model: deploy this "
+                "one"
+            )

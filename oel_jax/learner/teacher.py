@@ -1,11 +1,12 @@
-"""The frozen teacher: its prompts, and the knowledge prefixes it encodes once per round."""
+"""The frozen teacher: its prompts, and their shared beginnings, encoded once per round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from oel_jax.data.prompts import with_knowledge
+from oel_jax.chat.render import render
+from oel_jax.data.messages import Context, Dialogue
 from oel_jax.models.decoder import KeyValues, Params
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.shared_prefix import common_prefix, encode_prefix, padded_length, shared_start
@@ -26,59 +27,62 @@ class KnowledgePrefix:
 
 
 class Teacher:
-    """P_r with knowledge in its prompt.
+    """P_r, which reads a context in addition to what the student reads.
 
-    `prepare` encodes the beginning of the prompts with each text, once for the whole round. A
-    prompt that happens to share only a part of it uses that part, so caching never changes a
-    result.
+    `prepare` encodes the beginning of the prompts with each shared context, once for the whole
+    round. A prompt that happens to share only a part of it uses that part, so caching never changes
+    a result.
     """
 
     def __init__(
-        self, model: LanguageModel, texts: Sequence[str], *, thinking: bool, block: int = 256
+        self, model: LanguageModel, contexts: Sequence[Context], *, thinking: bool, block: int = 256
     ):
-        self.model, self.texts = model, list(texts)
+        self.model, self.contexts = model, list(contexts)
         self._thinking, self._block = thinking, block
         self._prefixes: dict[int, KnowledgePrefix] = {}
 
     def __repr__(self) -> str:
-        return f"Teacher({len(self.texts)} texts, {len(self._prefixes)} encoded, {self.model!r})"
+        return (
+            f"Teacher({len(self.contexts)} contexts, {len(self._prefixes)} encoded, {self.model!r})"
+        )
 
     @property
     def encoded(self) -> list[KnowledgePrefix]:
         """The prefixes encoded so far."""
         return list(self._prefixes.values())
 
-    def prompt(self, text: int, prompt: str, own: str = "") -> list[int]:
-        """Teacher prompt ids: the student's user text with text number `text`, or `own`, in it."""
-        return self.model.tokenizer.chat(
-            with_knowledge(prompt, own or self.texts[text]), thinking=self._thinking
-        )
+    def prompt(self, number: int, dialogue: Dialogue, own: Context | None = None) -> list[int]:
+        """Prompt ids of a dialogue with shared context `number`, or with a context of its own."""
+        context = self.contexts[number] if own is None else own
+        return render(self.model.tokenizer, dialogue, context, thinking=self._thinking)
 
-    def split(self, text: int, prompt: str, own: str = "") -> tuple[int, list[int]]:
+    def split(
+        self, number: int, dialogue: Dialogue, own: Context | None = None
+    ) -> tuple[int, list[int]]:
         """(positions of the prefix that this prompt shares, its remaining ids, at least one).
 
         Args:
-          own: a context of this prompt alone, in the place of the text. It is read each time.
+          own: a context of this prompt alone, in place of the shared one. It is read each time.
         """
-        ids = self.prompt(text, prompt, own)
-        shared = min(common_prefix(ids, self._prefixes[text].ids), len(ids) - 1)
+        ids = self.prompt(number, dialogue, own)
+        shared = min(common_prefix(ids, self._prefixes[number].ids), len(ids) - 1)
         return shared, ids[shared:]
 
     def prefix(self, text: int) -> KnowledgePrefix:
-        """The encoded prefix of a text; `prepare` must have been called."""
+        """The encoded prefix of a shared context; `prepare` must have been called."""
         return self._prefixes[text]
 
-    def prepare(self, examples: Sequence[str], own: Sequence[str] = ()) -> None:
-        """Encode the prefixes of all texts, once; `examples` are prompts that they will serve.
+    def prepare(self, examples: Sequence[Dialogue], own: Sequence[Context | None] = ()) -> None:
+        """Encode the prefixes of all shared contexts, once.
 
         Args:
-          own: their own contexts, if they have some.
+          examples: dialogues whose prompts they will serve.
+          own: the contexts that the examples have for themselves, if they have some.
         """
-        pairs = list(dict.fromkeys(zip(examples, own or [""] * len(examples), strict=True)))
-        for text in range(len(self.texts)) if not self._prefixes else ():
-            prompts = [self.prompt(text, *pair) for pair in pairs]
-            ids = shared_start(prompts)
-            self._prefixes[text] = KnowledgePrefix(ids, self._encode(self.model.params, ids))
+        pairs = list(zip(examples, own or [None] * len(examples), strict=True))
+        for number in range(len(self.contexts)) if not self._prefixes else ():
+            ids = shared_start([self.prompt(number, *pair) for pair in pairs])
+            self._prefixes[number] = KnowledgePrefix(ids, self._encode(self.model.params, ids))
 
     def read_by(self, params: Params, text: int) -> KeyValues:
         """The prefix of a text as other weights of the same shape encode it."""

@@ -5,8 +5,9 @@
       manifest.json   finished stages with size and SHA-256 of their files; config changes; the date
                       that chat templates show
       round_001/
-        deploy/       extract_chain_00.jsonl .. (games for knowledge), step_001.jsonl .. (prefixes)
-        demonstrate/  step_001.jsonl .. (played with knowledge; off-policy baselines only)
+        trajectories/ extract_0000.jsonl .. (games for knowledge, one file per chain),
+                      deploy_0000.jsonl .. (games whose answers are trained on),
+                      demonstrate_0000.jsonl .. (played with knowledge; off-policy baselines only)
         knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
         preflight.json  what each text gains in context, measured before consolidation
         consolidate/  Orbax checkpoints inside the round; gone when it is consolidated
@@ -207,17 +208,9 @@ class Workdir:
             raise UserError(f"round {number!r} does not exist; rounds count from 1")
         return self.root / f"round_{number:03d}"
 
-    def extract_games(self, round_number: int, chain: int) -> Path:
-        """Games played for chain `chain` (from 0): one trajectory per line."""
-        return self.round(round_number) / "deploy" / f"extract_chain_{chain:02d}.jsonl"
-
-    def deploy_games(self, round_number: int, step: int) -> Path:
-        """Games whose prefixes are optimizer step `step` (from 1): one trajectory per line."""
-        return self.round(round_number) / "deploy" / f"step_{step:03d}.jsonl"
-
-    def demonstrations(self, round_number: int, step: int) -> Path:
-        """Games that P_r played with knowledge, for optimizer step `step` (off-policy modes)."""
-        return self.round(round_number) / "demonstrate" / f"step_{step:03d}.jsonl"
+    def trajectories(self, round_number: int) -> Path:
+        """The round's store of trajectories, see `oel_jax.data.trajectory_files`."""
+        return self.round(round_number) / "trajectories"
 
     def knowledge_step(self, round_number: int, chain: int, step: int) -> Path:
         """Knowledge of chain `chain` (from 0) after `step` trajectories (from 1)."""
@@ -283,6 +276,7 @@ class Workdir:
         try:
             config = json.loads(json.dumps(config, allow_nan=False))
             if self.config_file.exists():
+                self._refuse_old_layout()
                 if "rounds" in config and self.manifest_file.exists():
                     config["rounds"] = max(config["rounds"], self.rounds())  # none is forgotten
                 self._compare_config(config, allow_change)
@@ -321,6 +315,16 @@ class Workdir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _refuse_old_layout(self) -> None:
+        """A run whose games are in files by optimizer step cannot be resumed."""
+        for old in sorted(self.root.glob("round_*/deploy")):
+            raise UserError(
+                f"--workdir={self.root} holds a run of an older version of oel_jax: its games are "
+                f"in {old}, and this version keeps them in {self.round(1).name}/trajectories and "
+                "cannot resume it. Use a new --workdir; report, export and evaluate still read "
+                "this one"
+            )
 
     def _compare_config(self, config: dict[str, Any], allow_change: bool) -> None:
         old = read_json(self.config_file)

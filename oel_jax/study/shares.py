@@ -4,8 +4,8 @@ A key is made of everything a stage can depend on: all config fields but those t
 matter (`LEFT_OUT`, checked by a test that changes them all and compares bytes), and the contents of
 the files it reads, the starting model's included. Equal keys, equal files.
 
-Games and evaluations are shared in parts: the games for knowledge, each step's games, each
-evaluation. A stage that finds only some of its parts continues from them as after a kill.
+Games and evaluations are shared in parts: the games for knowledge, each file of games to
+train on, each evaluation. A stage that finds only some of its parts continues from them as after a kill.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from oel_jax.config.defaults import as_json, extraction_template, leaves
+from oel_jax.data.trajectory_files import TrajectoryStore
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.runs.policies import start_directory
@@ -113,7 +114,7 @@ LEFT_OUT: dict[str, frozenset[str]] = {
     name: frozenset((*_ALWAYS, *fields))
     for name, fields in {
         "chains": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_JUDGING, *_WHICH),
-        "step": (
+        "deploy": (
             *_TRAINING,
             "consolidate.steps",
             *_WRITING,
@@ -289,7 +290,7 @@ def _extraction(config: ConfigDict, workdir: Workdir, number: int) -> list[Any]:
     extractor = resolve(resolve_bundled(path)) if path else None
     return [
         _directory(extractor) if extractor else _policy(config, workdir, number),
-        _digests(workdir, number, "deploy", skip="step_"),
+        _digests(workdir, number, "deploy", skip="deploy_"),
         extraction_template(config),
         _directory(Workdir(other).round(number) / "knowledge") if other else [],
     ]
@@ -299,14 +300,15 @@ def _extraction(config: ConfigDict, workdir: Workdir, number: int) -> list[Any]:
 
 
 def deploy(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
-    """The games for knowledge, and each step's games."""
+    """The games for knowledge, and each file of games to train on."""
     policy = _policy(config, workdir, number)
     chains = 1 if config.extract.trajectories == "shared" else config.extract.chains
-    files = tuple(workdir.extract_games(number, chain) for chain in range(chains))
+    store = TrajectoryStore(workdir.trajectories(number))
+    files = tuple(store.path("extract", chain) for chain in range(chains))
     parts = [Part(share_key(config, number, "chains", "", policy), files)]
-    for step in range(1, config.consolidate.steps + 1):
-        key = share_key(config, number, "step", str(step), policy)
-        parts.append(Part(key, (workdir.deploy_games(number, step),)))
+    for file in range(config.consolidate.steps):
+        key = share_key(config, number, "deploy", str(file), policy)
+        parts.append(Part(key, (store.path("deploy", file),)))
     return Shares(tuple(parts), _key_of_parts("deploy", parts))
 
 
@@ -323,14 +325,15 @@ def extract(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
 
 
 def demonstrate(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
-    """Each step's demonstrations."""
+    """Each file of demonstrations."""
     inputs = [_policy(config, workdir, number), _digests(workdir, number, "extract")]
+    store = TrajectoryStore(workdir.trajectories(number))
     parts = [
         Part(
-            share_key(config, number, "demonstrate", str(step), inputs),
-            (workdir.demonstrations(number, step),),
+            share_key(config, number, "demonstrate", str(file), inputs),
+            (store.path("demonstrate", file),),
         )
-        for step in range(1, config.consolidate.steps + 1)
+        for file in range(config.consolidate.steps)
     ]
     return Shares(tuple(parts), _key_of_parts("demonstrate", parts))
 
@@ -346,7 +349,7 @@ def consolidate(config: ConfigDict, workdir: Workdir, number: int) -> Shares:
     """The policies, all of them or none."""
     inputs = [
         _policy(config, workdir, number),
-        _digests(workdir, number, "deploy", skip="extract_chain_"),
+        _digests(workdir, number, "deploy", skip="extract_"),
         _digests(workdir, number, "extract"),
     ]
     if "demonstrate" in [stage.name for stage in stages_of(config)]:

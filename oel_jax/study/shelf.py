@@ -2,7 +2,7 @@
 
 What can be taken is said by `study/shares.py`, by keys over all that it depends on. It is
 hard-linked (copied across file systems) instead of made again. Finished files are replaced, and
-never written to, so a link cannot change without the run's knowledge.
+never written to, so a link cannot change unnoticed.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Pass rates: their shape, their random streams, and the boards that deployment never showed."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 from tiny_run import contents, copy_of, go, opened, tiny_config
@@ -19,14 +18,14 @@ module = importlib.import_module("oel_jax.actor.evaluate")
 def jobs(monkeypatch):
     """All evaluation games that are played."""
     seen = []
-    deploy = importlib.import_module("oel_jax.actor.deploy")
-    play = deploy.play
+    recording = importlib.import_module("oel_jax.actor.recording")
+    play = recording.play
 
-    def recording(run, model, sampler, jobs, *rest):
+    def watched(player, jobs, progress):
         seen.extend(jobs)
-        return play(run, model, sampler, jobs, *rest)
+        return play(player, jobs, progress)
 
-    monkeypatch.setattr(deploy, "play", recording)
+    monkeypatch.setattr(recording, "play", watched)
     return seen
 
 
@@ -36,9 +35,9 @@ def records(monkeypatch):
     last = []
     summarise = module._summarise
 
-    def recording(run, records, *rest):
+    def recording(config, records, *rest):
         last[:] = records
-        return summarise(run, records, *rest)
+        return summarise(config, records, *rest)
 
     monkeypatch.setattr(module, "_summarise", recording)
     return last
@@ -116,10 +115,10 @@ def test_knowledge_in_context_is_dealt_out_by_seed_and_by_n(finished_run, tmp_pa
     for n, start in ((1, 0), (2, 12)):
         part = jobs[start : start + 12]
         assert sorted(job.tag for job in part) == every
-        assert all(job.knowledge == step[n][job.tag[0] % 2] for job in part)
+        assert all(job.context.text == step[n][job.tag[0] % 2] for job in part)
         # Both texts are played with at the same time, since each lies once in the sampler.
         assert {job.tag[0] for job in part[:2]} == {0, 1}
-    assert [job.knowledge for job in jobs[24:]] == [""] * 12
+    assert [job.context.text for job in jobs[24:]] == [""] * 12
     # n of the curve that is also the n of the round is measured once; all points are on record.
     names = contents(work, "round_001/evaluate/*")
     assert {name.rsplit("/")[-1] for name in names} == {
@@ -133,12 +132,11 @@ def test_knowledge_in_context_is_dealt_out_by_seed_and_by_n(finished_run, tmp_pa
 
 def test_boards_of_all_rounds_so_far_count_as_seen(finished_run):
     config = tiny_config()
-    run = SimpleNamespace(config=config)
     seeds = [seed for step in (1, 2, 3) for seed in environments.deploy_seeds(1, step, 4)]
     first = set(environments.board_ids("frozen_lake", seeds))
-    assert _seen_boards(run, 0) == set()
-    assert _seen_boards(run, 1) == first
-    assert _seen_boards(run, 2) > first
+    assert _seen_boards(config, 0) == set()
+    assert _seen_boards(config, 1) == first
+    assert _seen_boards(config, 2) > first
     unseen = read_json(finished_run / "round_001" / "evaluate" / "consolidated.json")["unseen"]
     held_out = environments.board_ids("frozen_lake", environments.heldout_seeds(4))
     assert unseen["maps"] == sum(board not in first for board in held_out)
@@ -148,7 +146,7 @@ def test_boards_of_all_rounds_so_far_count_as_seen(finished_run):
 def test_sokoban_has_34_unseen_maps_after_a_round_of_the_paper():
     """Spec 9.1: 34 of 128 held-out maps at 64 games in each of 100 steps."""
     config = tiny_config(game__name="sokoban", deploy__games_per_step=64, consolidate__steps=100)
-    seen = _seen_boards(SimpleNamespace(config=config), 1)
+    seen = _seen_boards(config, 1)
     held_out = environments.board_ids("sokoban", environments.heldout_seeds(128))
     assert sum(board not in seen for board in held_out) == 34
     assert len(seen) == 3061

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from tiny_run import contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import environments
-from oel_jax.data.prompts import HEAD
+from oel_jax.chat.tokenizer import load_tokenizer
+from oel_jax.data.messages import Context
+from oel_jax.data.prompts import play_prompt
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.report.intervals import paired_difference
@@ -71,13 +74,15 @@ def test_every_text_is_played_on_the_boards_behind_those_of_training(flown):
     )
     assert len(played) == 3 * SIZE
     for text in ("", PARTIAL, GOOD):
-        assert [game.job.seed for game in played if game.job.knowledge == text] == seeds
-    for game in (game for game in played if game.job.knowledge):
-        assert all(game.job.knowledge in turn.prompt for turn in game.turns)
-    assert all(g.turns[0].prompt.startswith(HEAD) for g in played if not g.job.knowledge)
+        assert [game.job.seed for game in played if game.job.context.text == text] == seeds
+    tokenizer = load_tokenizer(config_of().model.path)
+    for game in played:
+        for turn in game.turns:
+            prompt = play_prompt(turn.messages[0]["content"], game.job.context.text)
+            assert list(turn.prompt_ids) == tokenizer.chat(prompt, thinking=True)
     assert len({(game.job.key, game.job.chain) for game in played}) == 1  # the same chances
     # No text waits until another has ended: their openings lie side by side in the sampler.
-    assert len({game.job.knowledge for game in played[:2]}) == 2
+    assert len({game.job.context.text for game in played[:2]}) == 2
     trained = {seed for step in (1, 2, 3) for seed in environments.deploy_seeds(1, step, 4)}
     others = set(environments.heldout_seeds()) | set(environments.extraction_seeds(1, 2))
     assert len(set(seeds)) == SIZE and not set(seeds) & (trained | others)
@@ -89,14 +94,14 @@ def test_the_boards_are_as_many_as_asked_for(finished_run, tmp_path):
             behind = [
                 s for step in range(4, 4 + steps) for s in environments.deploy_seeds(2, step, 4)
             ]
-            assert module.boards(run, 2) == behind[:count]
+            assert module.preflight_boards(run.config, 2) == behind[:count]
 
 
 def test_the_numbers_are_a_plain_count_of_the_games(flown):
     work, played = flown
     result = read_json(work / "round_001" / "preflight.json")
     seeds = sorted({game.job.seed for game in played})
-    won = {(game.job.knowledge, game.job.seed): game.game.passed for game in played}
+    won = {(game.job.context.text, game.job.seed): game.game.passed for game in played}
     wins = {text: sum(won[text, seed] for seed in seeds) for text in ("", PARTIAL, GOOD)}
     assert 0 < wins[PARTIAL] < wins[GOOD]  # else this shows little
     assert result["without"]["pass_rate"] == wins[""] / SIZE
@@ -111,7 +116,7 @@ def test_the_numbers_are_a_plain_count_of_the_games(flown):
         assert entry["passed"] == "".join("01"[won[text, seed]] for seed in seeds)
         _, low, high = paired_difference(rows[text][None, None], rows[""][None, None], boards)
         assert entry["ci95"] == [low, high] and low <= entry["gain"] <= high
-        lengths = [n for game in played if game.job.knowledge == text for n in game.tokens]
+        lengths = [n for game in played if game.job.context.text == text for n in game.tokens]
         assert entry["response_tokens"] == pytest.approx(sum(lengths) / len(lengths))
     expected = (wins[PARTIAL] + wins[GOOD]) / (2 * SIZE) - wins[""] / SIZE
     assert result["gain"] == pytest.approx(expected)
@@ -130,7 +135,7 @@ def test_the_numbers_are_a_plain_count_of_the_games(flown):
 def test_empty_and_equal_texts_are_not_played_twice(finished_run, flown, tmp_path):
     work = with_texts(finished_run, tmp_path / "run", "", GOOD, PARTIAL, f"\n{PARTIAL}\n")
     played = recorded(work, config_of(extract__chains=4))
-    assert {game.job.knowledge for game in played} == {"", GOOD, PARTIAL}
+    assert {game.job.context.text for game in played} == {"", GOOD, PARTIAL}
     assert len(played) == 3 * SIZE
     result = read_json(work / "round_001" / "preflight.json")
     empty, good, one, other = result["texts"]
@@ -197,15 +202,17 @@ def test_a_killed_preflight_goes_on_and_plays_nothing_twice(finished_run, flown,
 
 
 def test_games_of_another_config_are_played_again(flown, tmp_path):
-    """The lines of a log count as long as they are the games that are due."""
-    work = tmp_path / "run"
-    shutil.copytree(flown[0], work)
-    jobs = [module.Job(1, (), tag=tag) for tag in ((0, 0), (1, 0), (0, 1))]
-    log = work / "x.games.jsonl"
-    log.write_text('{"context": 0, "column": 0}\n{"context": 0, "column": 1}\n')
-    recover = importlib.import_module("oel_jax.actor.deploy").recover
-    assert recover(log, jobs, module._fits) == [{"context": 0, "column": 0}]
-    assert log.read_text() == '{"context": 0, "column": 0}\n'
+    """The lines of a log count as long as they are games that are due."""
+    from oel_jax.actor import recording
+
+    jobs = [module.Job(1, (), tag=tag) for tag in ((1, 0), (0, 1))]
+    log = recording.GameFile(tmp_path / "x.games.jsonl", jobs)
+    due = [{"context": 1, "column": 0}, {"context": 0, "column": 1}]
+    old = [due[1], {"context": 7, "column": 0}, due[0]]
+    log.path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    form = recording.Format(module._record, module._name, lambda job: list(job.tag))
+    recording.record_games([log], form, None, "x", 0.0)  # there is nothing to play
+    assert recording.read_records(log, form) == due
 
 
 # --- what follows ---------------------------------------------------------------------------------
@@ -343,15 +350,15 @@ def test_it_waits_for_the_texts(tmp_path, finished_run):
 def test_a_run_without_experience(finished_run, tmp_path, monkeypatch, capsys):
     """K empty texts: the teacher is the student's start, so the first step has nothing to learn."""
     work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
-    seen, evaluation = [], importlib.import_module("oel_jax.actor.deploy")
-    play = evaluation.play
+    seen, recording = [], importlib.import_module("oel_jax.actor.recording")
+    play = recording.play
 
-    def recording(run, model, sampler, jobs, *rest):
-        for game in play(run, model, sampler, jobs, *rest):
+    def watched(player, jobs, progress):
+        for game in play(player, jobs, progress):
             seen.append(game)
             yield game
 
-    monkeypatch.setattr(evaluation, "play", recording)
+    monkeypatch.setattr(recording, "play", watched)
     config = config_of(
         extract__experience="none",
         consolidate__steps=1,
@@ -373,7 +380,7 @@ def test_a_run_without_experience(finished_run, tmp_path, monkeypatch, capsys):
     (step,) = [row["values"] for row in rows if row["stage"] == "consolidate"]
     assert abs(step["kl"]) < 1e-5
     assert len(seen) == SIZE + 2 * 8  # pre-flight, in context and consolidated
-    assert all(turn.prompt.startswith(HEAD) for game in seen for turn in game.turns)
+    assert not any(game.job.context.text for game in seen)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +404,8 @@ def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypat
     """Per-sample context: what the teacher reads is the game the prefix is from, to its end."""
     import numpy as np
 
-    from oel_jax.data.trajectories import prefixes, read
+    from oel_jax.data.trajectories import decision_points
+    from oel_jax.data.trajectory_files import read
 
     work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
     stage = importlib.import_module("oel_jax.learner.consolidate")
@@ -420,11 +428,11 @@ def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypat
     go(work, config, ["extract", "preflight", "consolidate"], change=True)
     assert "WARNING" not in capsys.readouterr().out
     assert not (work / "round_001" / "preflight.json").exists()
-    games = read(work / "round_001" / "deploy" / "step_001.jsonl")
+    games = read(work / "round_001" / "trajectories" / "deploy_0000.jsonl")
     (samples,), (teacher, *_) = made, teachers
     tokenizer = teacher.model.tokenizer
-    for prefix, sample in zip(prefixes(games), samples, strict=True):
-        game = games[prefix.game]
+    for prefix, sample in zip(decision_points(games), samples, strict=True):
+        game = games[prefix.episode]
         cached = teacher.prefix(sample.knowledge).ids[: sample.shared]
         text = tokenizer.decode([*cached, *sample.suffix])
         assert game.outcome.strip().splitlines()[-1] in text
@@ -437,11 +445,11 @@ def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypat
 
 
 def test_demonstrations_without_experience_are_plain_games(finished_run, tmp_path):
-    from oel_jax.data.trajectories import read
+    from oel_jax.data.trajectory_files import read
 
     work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
     config = tiny_config(extract__experience="none", consolidate__mode="off_policy")
     go(work, config, ["extract", "demonstrate"], change=True)
-    played = read(work / "round_001" / "demonstrate" / "step_001.jsonl")
+    played = read(work / "round_001" / "trajectories" / "demonstrate_0000.jsonl")
     assert len(played) == 4
-    assert all(turn.prompt.startswith(HEAD) for game in played for turn in game.turns)
+    assert {game.context for game in played} == {Context("none", "")}

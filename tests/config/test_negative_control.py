@@ -15,9 +15,10 @@ import pytest
 from tiny_run import contents, copy_of, go, tiny_config
 
 from oel_jax import environments
+from oel_jax.chat.render import render
 from oel_jax.config import negative_control
 from oel_jax.config.defaults import validate
-from oel_jax.data.trajectories import read
+from oel_jax.data.trajectory_files import read
 from oel_jax.distill import topk_kl
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
@@ -108,8 +109,9 @@ def test_the_sound_run_rises(sound):
 def test_a_broken_run_does_not_rise(sound, tmp_path, control, monkeypatch, capsys):
     work = copy_of(sound, tmp_path / "run", *REDONE.get(control, ["consolidate", "evaluate"]))
     if control == "foreign_extraction":
-        for path in [*work.glob("round_001/deploy/*chain*"), *work.glob("round_001/deploy/*_002*")]:
-            path.unlink()
+        for pattern in ("extract_*", "deploy_0001*"):
+            for path in (work / "round_001" / "trajectories").glob(pattern):
+                path.unlink()
     read_by = record_texts(monkeypatch)
     go(work, config_of(control), change=True)
 
@@ -128,14 +130,14 @@ def record_texts(monkeypatch):
     read_by = {"teacher": [], "evaluation": [], "prompts": []}
 
     class Recording(consolidate.Teacher):
-        def __init__(self, model, texts, **how):
-            read_by["teacher"] += texts
-            super().__init__(model, texts, **how)
+        def __init__(self, model, contexts, **how):
+            read_by["teacher"] += [context.text for context in contexts]
+            super().__init__(model, contexts, **how)
 
-        def split(self, text, prompt, own=""):
-            student = self.model.tokenizer.chat(prompt, thinking=True)
-            read_by["prompts"].append((student, self.prompt(text, prompt, own)))
-            return super().split(text, prompt, own)
+        def split(self, number, dialogue, own=None):
+            student = render(self.model.tokenizer, dialogue, thinking=True)
+            read_by["prompts"].append((student, self.prompt(number, dialogue, own)))
+            return super().split(number, dialogue, own)
 
     def evaluate(*args, texts=(), **how):
         read_by["evaluation"] += texts
@@ -169,15 +171,15 @@ def check_without_knowledge(sound, work, read_by):
 
 
 def check_foreign_extraction(sound, work, read_by):
-    places = {"*chain*": "sokoban", "step_*": "frozen_lake"}
+    places = {"extract_*": "sokoban", "deploy_*": "frozen_lake"}
     for pattern, game in places.items():
-        files = sorted((work / "round_001" / "deploy").glob(f"{pattern}.jsonl"))
+        files = sorted((work / "round_001" / "trajectories").glob(f"{pattern}.jsonl"))
         played = [game_ for file in files for game_ in read(file)]
         assert {game_.game for game_ in played} == {game}
-        boards = {"# # #" in game_.turns[0].prompt for game_ in played}
+        boards = {"# # #" in game_.turns[0].messages[0]["content"] for game_ in played}
         assert boards == {game == "sokoban"}
     # The prefixes that were played again are those of the sound run; so is the policy.
-    name = "round_001/deploy/step_*.jsonl"
+    name = "round_001/trajectories/deploy_*.jsonl"
     assert contents(work, name) == contents(sound, name)
     assert read_by["teacher"] == knowledge_of(work) != knowledge_of(sound)
 

@@ -46,19 +46,10 @@ def test_play_prompt_has_two_forms():
     assert plain == prompts.HEAD + "[GAME] board\n" + prompts.TAIL
     told = prompts.play_prompt("[GAME] board\n", "- EXPERIENCE ITEM: A")
     assert "learned:\n- EXPERIENCE ITEM: A\n\nCurrent situation:\n[GAME] board\n\n\nWhat" in told
-    assert prompts.with_knowledge(plain, "- EXPERIENCE ITEM: A") == told
-    assert prompts.with_knowledge(plain, "") == plain
 
 
-def test_only_the_first_head_is_replaced():
-    """A situation that quotes the head (a log of a log) keeps its quotation."""
-    plain = prompts.play_prompt(prompts.HEAD + "x\n")
-    assert prompts.with_knowledge(plain, "K").count(prompts.HEAD) == 1
-
-
-def test_with_knowledge_needs_the_head():
-    with pytest.raises(UserError, match="does not start with .*it starts with 'Hello'"):
-        prompts.with_knowledge("Hello", "K")
+def test_a_situation_that_quotes_the_head_keeps_its_quotation():
+    assert prompts.play_prompt(prompts.HEAD + "x\n", "K").count(prompts.HEAD) == 1
 
 
 def test_outside_text_is_never_interpreted():

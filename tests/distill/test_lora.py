@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_step import CFG, KL, TEXTS, close, make_model, make_samples, prompts, run
+from test_step import CFG, CONTEXTS, KL, close, make_model, make_samples, prompts, run
 from tiers import meshes
 from tiny_run import copy_of, go, opened, tiny_config
 
@@ -200,7 +200,7 @@ def test_the_sampler_plays_with_the_adapter(tiny_models, tmp_path):
 def lora_run(mesh, prompts, remat="none", adapter=None, **changes):
     """Loss, gradient and last sums of a step for an adapter on model 0, the teacher's weights."""
     model = make_model(0, mesh)
-    teacher = Teacher(model, TEXTS, thinking=True)
+    teacher = Teacher(model, CONTEXTS, thinking=True)
     samples = make_samples(teacher, prompts)
     adapter = adapter or random_adapter(CFG, LORA, mesh)
     step = StepConfig(CFG, KL, jnp.float32, remat, 256, lora=LORA.scale, **changes)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tiers import meshes
 
-from oel_jax.data.prompts import play_prompt
+from oel_jax.chat.render import render
+from oel_jax.data.messages import Context, Dialogue, user
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.optimizer import optimizer
 from oel_jax.distill.packing import Sample, fill, plan
@@ -26,6 +27,7 @@ from oel_jax.models.shared_prefix import common_prefix
 from oel_jax.parallel.mesh import device_bytes, make_mesh, put_batch
 
 TEXTS = ["- EXPERIENCE ITEM: H loses.\n- EXPERIENCE ITEM: G wins.", "Walk towards G.", ""]
+CONTEXTS = [Context("knowledge", text) for text in TEXTS]
 KL = KLConfig(top_k=16, temperature=0.7, chunk=32)
 
 
@@ -73,14 +75,18 @@ def student():
     return make_model(0)
 
 
+def situation(text):
+    return Dialogue((user(text),), "grid")
+
+
 def make_teacher(mesh=None) -> Teacher:
     """Another model than the student, so that there is something to learn."""
-    return Teacher(make_model(1, mesh), TEXTS, thinking=True)
+    return Teacher(make_model(1, mesh), CONTEXTS, thinking=True)
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    return [play_prompt(f"Board {'H' * (n % 5)}G{n}\n") for n in range(12)]
+    return [situation(f"Board {'H' * (n % 5)}G{n}\n") for n in range(12)]
 
 
 def make_samples(teacher, prompts):
@@ -91,7 +97,7 @@ def make_samples(teacher, prompts):
         text = index % len(TEXTS)
         shared, suffix = teacher.split(text, prompt)
         response = draw.integers(0, 256, int(draw.integers(1, 20))).tolist()
-        ids = teacher.model.tokenizer.chat(prompt, thinking=True)
+        ids = render(teacher.model.tokenizer, prompt, thinking=True)
         log_probs = np.zeros(len(response), np.float32)
         samples.append(Sample(ids, suffix, shared, response, log_probs, text))
     return samples
@@ -216,10 +222,10 @@ def test_prefix_is_cut_at_a_token_and_encoded_once(teacher, prompts):
         ids = teacher.prompt(text, prompts[0])
         assert tuple(ids[: len(prefix.ids)]) == prefix.ids
     before = teacher.prefix(0)
-    teacher.prepare(["another prompt that is never read"])
+    teacher.prepare([situation("another prompt that is never read")])
     assert teacher.prefix(0) is before
     # A prompt that leaves the prefix early uses only the part it shares.
-    odd = play_prompt("Xylophone\n")
+    odd = situation("Xylophone\n")
     shared, suffix = teacher.split(0, odd)
     assert [*before.ids[:shared], *suffix] == teacher.prompt(0, odd)
     assert common_prefix([1, 2, 3], [1, 2, 4]) == 2 == common_prefix([1, 2], [1, 2, 4])

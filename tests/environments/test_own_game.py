@@ -9,7 +9,7 @@ import oel_jax
 from oel_jax import environments
 from oel_jax.config.defaults import extractor_budget, validate
 from oel_jax.data import prompts
-from oel_jax.data.trajectories import read
+from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.plan import command as plan
@@ -47,11 +47,11 @@ def test_a_game_without_a_grid_goes_through_a_whole_run(tmp_path):
     config = guess_config(preflight__games=2)
     validate(config, games=environments.known(config.game))
     go(tmp_path, config)
-    played = read(tmp_path / "round_001" / "deploy" / "step_001.jsonl")
+    played = read(tmp_path / "round_001" / "trajectories" / "deploy_0000.jsonl")
     turns = [turn for game in played for turn in game.turns]
     assert {game.game for game in played} == {"guess"} and turns
-    assert all(turn.prompt.startswith(prompts.PLAIN_HEAD) for turn in turns)
-    assert not any("on a grid" in turn.prompt for turn in turns)
+    assert {game.wrapper for game in played} == {"plain"}
+    assert not any("on a grid" in turn.messages[0]["content"] for turn in turns)
     assert max(len(game.turns) for game in played) == 8
     result = read_json(tmp_path / "round_001" / "evaluate" / "consolidated.json")
     assert 5 < result["turns"] <= 8
@@ -129,13 +129,12 @@ def test_a_module_next_to_the_file_can_be_imported(tmp_path):
     assert "from_neighbour" in environments.known(config.game)
 
 
-@pytest.mark.parametrize("wrapper", list(prompts.HEADS))
-def test_knowledge_goes_in_and_comes_out_with_every_wrapper(wrapper):
+@pytest.mark.parametrize("wrapper", list(prompts.WRAPPERS))
+def test_every_wrapper_holds_situation_and_knowledge(wrapper):
     plain = prompts.play_prompt("Guess.\n", wrapper=wrapper)
     told = prompts.play_prompt("Guess.\n", "K {experience}", wrapper)
-    assert prompts.with_knowledge(plain, "K {experience}") == told
-    assert prompts.without_knowledge(told, "K {experience}") == plain
-    assert ("on a grid" in told) == (wrapper == "grid")
+    assert "K {experience}" in told and "Guess.\n" in told and "Guess.\n" in plain
+    assert ("on a grid" in told) == ("on a grid" in plain) == (wrapper == "grid")
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import contents, copy_of, go, opened, tiny_config
 
-from oel_jax.data.prompts import HEAD
-from oel_jax.data.trajectories import prefixes, read
+from oel_jax.chat.render import render
+from oel_jax.data.messages import Context
+from oel_jax.data.trajectories import decision_points
+from oel_jax.data.trajectory_files import read
 from oel_jax.distill.reference import divergence
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
@@ -51,8 +53,8 @@ def test_a_step_trains_on_all_prefixes_each_with_a_drawn_text(finished_run, tmp_
     go(work, tiny_config(), ["consolidate"])
     assert len(samples) == 3
     for step, batch in enumerate(samples, 1):
-        games = read(work / "round_001" / "deploy" / f"step_{step:03d}.jsonl")
-        expected = [prefix.prompt_ids for prefix in prefixes(games)]
+        games = read(work / "round_001" / "trajectories" / f"deploy_{step - 1:04d}.jsonl")
+        expected = [point.prompt_ids for point in decision_points(games)]
         assert [tuple(sample.prompt) for sample in batch] == expected
         assert len(expected) == sum(len(game.turns) for game in games)
         # Spec 8.1 step 3, written out: random.Random(s + 1000 * round), in batch order.
@@ -74,8 +76,8 @@ def test_the_remainder_can_be_dropped_as_the_released_code_does(finished_run, tm
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     config = tiny_config(consolidate__drop_remainder=4, consolidate__steps=1)
     go(work, config, ["consolidate"], change=True)
-    games = read(work / "round_001" / "deploy" / "step_001.jsonl")
-    expected = [prefix.prompt_ids for prefix in prefixes(games)]
+    games = read(work / "round_001" / "trajectories" / "deploy_0000.jsonl")
+    expected = [point.prompt_ids for point in decision_points(games)]
     kept = len(expected) - len(expected) % 4
     assert [tuple(sample.prompt) for sample in samples[0]] == expected[:kept]
 
@@ -103,12 +105,13 @@ def test_steps_that_drop_all_prefixes_have_nothing_to_learn(finished_run, tmp_pa
 
 
 def test_some_steps_may_have_nothing_to_learn(finished_run, tmp_path, samples):
-    """A step of one prefix, of which two at a time are kept."""
+    """A step of four decision points, of which five at a time are kept."""
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    path = work / "round_001" / "deploy" / "step_002.jsonl"
-    first = json.loads(path.read_text().splitlines()[0])
-    path.write_text(json.dumps(first | {"turns": first["turns"][:1]}) + "\n")  # one prefix
-    config = tiny_config(consolidate__drop_remainder=2)
+    path = work / "round_001" / "trajectories" / "deploy_0001.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    short = [line | {"turns": line["turns"][:1]} for line in lines]  # four decision points
+    path.write_text("".join(json.dumps(line) + "\n" for line in short))
+    config = tiny_config(consolidate__drop_remainder=5)
     with opened(work, config, change=True) as run:
         module.consolidate(run, 1)
     rows = [
@@ -182,7 +185,7 @@ def test_one_empty_text_is_reported(finished_run, tmp_path, capsys, samples):
 
 def test_trajectories_of_another_model_are_refused(finished_run, tmp_path):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    path = work / "round_001" / "deploy" / "step_001.jsonl"
+    path = work / "round_001" / "trajectories" / "deploy_0000.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[2]["turns"][0]["prompt_ids"][3] = 151_643
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -195,7 +198,7 @@ def test_trajectories_of_another_model_are_refused(finished_run, tmp_path):
 @pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"{]\n", "1: not JSON")])
 def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    path = work / "round_001" / "deploy" / "step_001.jsonl"
+    path = work / "round_001" / "trajectories" / "deploy_0000.jsonl"
     path.write_bytes(content)
     with opened(work, tiny_config()) as run, pytest.raises(UserError) as caught:
         module.consolidate(run, 1)
@@ -258,14 +261,18 @@ OFF_POLICY = dict(consolidate__mode="off_policy")  # which brings its loss: spec
 def test_the_demonstrator_reads_the_knowledge_of_each_game(demonstrated_run):
     texts = read_json(demonstrated_run / "round_001" / "knowledge" / "knowledge.json")["texts"]
     for step in (1, 2, 3):
-        games = read(demonstrated_run / "round_001" / "demonstrate" / f"step_{step:03d}.jsonl")
-        played = read(demonstrated_run / "round_001" / "deploy" / f"step_{step:03d}.jsonl")
+        games = read(
+            demonstrated_run / "round_001" / "trajectories" / f"demonstrate_{step - 1:04d}.jsonl"
+        )
+        played = read(
+            demonstrated_run / "round_001" / "trajectories" / f"deploy_{step - 1:04d}.jsonl"
+        )
         assert [game.seed for game in games] == [game.seed for game in played]  # the same boards
         rng = random.Random(step + 1000)
         for game in games:
             text = texts[rng.choice([0, 1])]
             assert game.purpose == "demonstrate"
-            assert all(text in turn.prompt for turn in game.turns)
+            assert game.context == Context("knowledge", text)
 
 
 @pytest.mark.parametrize("mode", ["off_policy", "sft"])
@@ -276,7 +283,7 @@ def test_demonstrated_answers_are_learned_behind_the_plain_prompt(
     changes = {"consolidate__mode": mode}
     go(work, tiny_config(**changes), ["consolidate"], change=True)
     for step, batch in enumerate(samples, 1):
-        games = read(work / "round_001" / "demonstrate" / f"step_{step:03d}.jsonl")
+        games = read(work / "round_001" / "trajectories" / f"demonstrate_{step - 1:04d}.jsonl")
         turns = [turn for game in games for turn in game.turns]
         assert [list(s.response) for s in batch] == [list(turn.response_ids) for turn in turns]
         for sample, turn in zip(batch, turns, strict=True):
@@ -295,11 +302,9 @@ def test_the_loss_of_the_first_step_is_the_mode_s_own(demonstrated_run, tmp_path
     """From the files alone: plain forward KL and plain cross entropy, one answer at a time."""
     model = load_model(bundled.MODEL_DIR, dtype="float32", mesh=make_mesh(1, 1, jax.devices()[:1]))
     expected = {"off_policy": [], "sft": []}
-    for game in read(demonstrated_run / "round_001" / "demonstrate" / "step_001.jsonl"):
-        for turn in game.turns:
-            marker = "Current situation:\n"
-            situation = turn.prompt[turn.prompt.index(marker) + len(marker) :]
-            plain = model.tokenizer.chat(HEAD + situation, thinking=True)
+    for game in read(demonstrated_run / "round_001" / "trajectories" / "demonstrate_0000.jsonl"):
+        for turn, point in zip(game.turns, game.points(), strict=True):
+            plain = render(model.tokenizer, point.dialogue, thinking=True)
             response = list(turn.response_ids)
             z_s, z_t = (
                 model.logits([[*ids, *response]])[0, len(ids) - 1 : -1]
@@ -320,7 +325,7 @@ def test_the_loss_of_the_first_step_is_the_mode_s_own(demonstrated_run, tmp_path
 
 def test_the_remainder_of_demonstrations_is_dropped_too(demonstrated_run, tmp_path, samples):
     work = copy_of(demonstrated_run, tmp_path / "run")
-    path = work / "round_001" / "demonstrate" / "step_001.jsonl"
+    path = work / "round_001" / "trajectories" / "demonstrate_0000.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["turns"][0]["response_ids"] = []  # an empty answer: no token to learn from
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -346,7 +351,9 @@ def test_demonstrations_of_other_knowledge_are_refused(demonstrated_run, tmp_pat
     record["texts"] = ["- EXPERIENCE ITEM: H wins.", "- EXPERIENCE ITEM: G loses."]
     write_json(pool, record)
     with opened(work, tiny_config(**OFF_POLICY), change=True) as run:
-        with pytest.raises(UserError, match=r"step_001\.jsonl: game 1: .*knowledge that was drawn"):
+        with pytest.raises(
+            UserError, match=r"demonstrate_0000\.jsonl: the game of seed .*knowledge that was drawn"
+        ):
             module.consolidate(run, 1)
 
 

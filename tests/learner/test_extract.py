@@ -14,7 +14,7 @@ from tiny_run import contents, copy_of, opened, tiny_config
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.data import answers, knowledge
 from oel_jax.data.prompts import extraction_history
-from oel_jax.data.trajectories import read
+from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.learner.contexts import check_other_run
@@ -120,7 +120,7 @@ def test_how_a_game_ended_is_shown_as_configured(finished_run, tmp_path, monkeyp
 
     monkeypatch.setattr(prompts, "extraction_prompt", recording)
     extracted(finished_run, tmp_path / "run", extract__outcome=mode)
-    games = contents(finished_run, "round_001/deploy/extract_*").values()
+    games = contents(finished_run, "round_001/trajectories/extract_*").values()
     outcomes = [json.loads(line)["outcome"] for file in games for line in file.splitlines()]
     result = sum("Final Result" in outcome for outcome in outcomes)
     assert len(histories) == len(outcomes) == 4 and result
@@ -141,7 +141,7 @@ def test_thought_markers_of_the_player_are_text_or_tokens(finished_run, tmp_path
     written = sum(
         (i in markers)
         for chain in range(2)
-        for game in read(finished_run / "round_001" / "deploy" / f"extract_chain_{chain:02d}.jsonl")
+        for game in read(finished_run / "round_001" / "trajectories" / f"extract_{chain:04d}.jsonl")
         for turn in game.turns
         for i in turn.response_ids
     )
@@ -171,7 +171,7 @@ def test_unfinished_thoughts_are_dropped_or_kept_and_counted(finished_run, tmp_p
 
 def test_shared_trajectories_serve_all_chains(finished_run, tmp_path, asked):
     work = copy_of(finished_run, tmp_path / "run", *LATER)
-    (work / "round_001" / "deploy" / "extract_chain_01.jsonl").unlink()
+    (work / "round_001" / "trajectories" / "extract_0001.jsonl").unlink()
     extracted(finished_run, work, extract__trajectories="shared", extract__previous=False)
     assert len(asked) == 4 and asked[:2] == asked[2:] and asked[0] != asked[1]
     found = texts(work)
@@ -203,7 +203,7 @@ def test_another_model_can_extract(finished_run, tmp_path):
 )
 def test_a_bad_trajectory_file_is_named(finished_run, tmp_path, content, message):
     work = copy_of(finished_run, tmp_path / "run", *LATER)
-    path = work / "round_001" / "deploy" / "extract_chain_01.jsonl"
+    path = work / "round_001" / "trajectories" / "extract_0001.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         extracted(finished_run, work)
@@ -303,7 +303,7 @@ def test_raw_trajectories_are_the_newest_games_that_fit(finished_run, tmp_path):
     work = tmp_path / "run"
     extracted(finished_run, work, extract__experience="raw", extract__l_max=10_000)
     for chain in range(2):
-        games = read(work / "round_001" / "deploy" / f"extract_chain_{chain:02d}.jsonl")
+        games = read(work / "round_001" / "trajectories" / f"extract_{chain:04d}.jsonl")
         whole = ""
         for step, game in enumerate(games, 1):
             turns = [(turn.observation, turn.response) for turn in game.turns]

@@ -6,7 +6,8 @@ from test_tokenizer import CHATML, write_bpe
 
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.data import prompts
-from oel_jax.data.trajectories import Turn
+from oel_jax.data.messages import user
+from oel_jax.data.trajectories import Trajectory, Turn
 from oel_jax.learner.history import pieces, with_markers
 
 SPECIALS = ["<|im_start|>", "<|im_end|>"]
@@ -41,7 +42,18 @@ def sampled(tokenizer, marker, *parts: str) -> Turn:
     for part in parts:
         ids += [marker[part]] if part in marker else tokenizer.encode(part)
     ids.append(marker["<|im_end|>"])
-    return Turn("p", (1,), tokenizer.decode(ids), tuple(ids), "[up]", "[GAME] board")
+    return Turn(
+        [user("p")],
+        tokenizer.decode(ids),
+        prompt_ids=(1,),
+        response_ids=ids,
+        action="[up]",
+        observation="[GAME] board",
+    )
+
+
+def game_of(turns) -> Trajectory:
+    return Trajectory(policy="p", purpose="extract", turns=turns, game="g", seed=1, round=1)
 
 
 def cut(text: str) -> list[str]:
@@ -65,7 +77,7 @@ def test_as_the_released_code_tokenises(directory, tokenizer, marker):
     ids = theirs.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
     )
-    message = with_markers(compose, turns, tokenizer, tokenizer)
+    message = with_markers(compose, game_of(turns), tokenizer, tokenizer)
     assert tokenizer.chat(message, thinking=True) == ids
     assert sum(i in (marker["<think>"], marker["</think>"]) for i in ids) == 9
     # The default: nothing in the history is a token.
@@ -86,14 +98,14 @@ def test_nothing_but_the_players_own_markers_becomes_a_token(tokenizer, marker, 
     own = sampled(tokenizer, marker, "<think>", text, "</think>", text)
     # The same words spelt out in plain tokens, and a board that shows them.
     spelt = sampled(tokenizer, marker, f" <think> {text}</thi", "nk>")
-    shown = Turn("p", (1,), text, (), "[up]", f"{text}<think>")
+    shown = Turn([user("p")], text, prompt_ids=(1,), response_ids=(), observation=f"{text}<think>")
     turns = [own, spelt, shown]
 
     def with_knowledge(turns):
         history = prompts.extraction_history(turns, text)
         return prompts.extraction_prompt(history, text + "<think>", version="v4")
 
-    message = with_markers(with_knowledge, turns, tokenizer, tokenizer)
+    message = with_markers(with_knowledge, game_of(turns), tokenizer, tokenizer)
     plain = with_knowledge([(turn.observation, turn.response) for turn in turns])
     names = {i: name for name, i in marker.items()}
     assert [p for p in message if isinstance(p, int)] == [marker["<think>"], marker["</think>"]]
@@ -107,7 +119,7 @@ def test_nothing_but_the_players_own_markers_becomes_a_token(tokenizer, marker, 
 def test_markers_that_the_extractor_does_not_have_stay_text(tokenizer, marker, tmp_path):
     other = load_tokenizer(write_bpe(tmp_path, CHATML, SPECIALS, eos_token="<|im_end|>"))
     turns = [sampled(tokenizer, marker, "<think>", "a", "</think>", "b")]
-    message = with_markers(compose, turns, tokenizer, other)
+    message = with_markers(compose, game_of(turns), tokenizer, other)
     assert message == [compose([("[GAME] board", "<think>a</think>b")])]
 
 

@@ -22,11 +22,11 @@ from test_step import (
     make_teacher,
     padded,
     plain_logits,
+    situation,
 )
 from tiny_run import copy_of, go, opened, tiny_config
 
 from oel_jax.config.defaults import validate
-from oel_jax.data.prompts import play_prompt
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.reference import divergence
@@ -40,7 +40,7 @@ from oel_jax.nano import skills
 from oel_jax.parallel.mesh import make_mesh, put_batch
 from oel_jax.runs.metrics import read as read_metrics
 
-PROMPTS = [play_prompt(f"Board {'H' * (n % 5)}G{n}\n") for n in range(12)]
+PROMPTS = [situation(f"Board {'H' * (n % 5)}G{n}\n") for n in range(12)]
 TERMS = {
     "plain retention": {"retention": "plain", "retention_weight": 0.3},
     "retention with knowledge": {"retention": "knowledge", "retention_weight": 0.3},
@@ -314,7 +314,7 @@ def test_a_guard_stops_a_round_and_keeps_the_last_good_checkpoint(
     work = tmp_path / "run"
     shutil.copytree(ready, work)
     config = tiny_config(guard__entropy=(0.5, 2.0), consolidate__steps=6, evaluate__steps=(1, 5))
-    shutil.rmtree(work / "round_001" / "deploy")
+    shutil.rmtree(work / "round_001" / "trajectories")
     real = guards.Guard.broken
 
     def late(self, step, values):  # the entropy of step 4 is a hundred times what it was

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import ROOT, as_flags, copy_of
 
-from oel_jax.data.trajectories import read
+from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.parallel import processes
@@ -97,7 +97,7 @@ def test_two_processes_make_the_run_of_one(alone, tmp_path):
     assert [status for status, _ in results] == [0] * count, results
     assert "consolidate: done" in results[0][1]
     assert not any("round 1" in output for _, output in results[1:])  # only the first one talks
-    for path in sorted(alone.glob("round_001/deploy/*.jsonl")):
+    for path in sorted(alone.glob("round_001/trajectories/*.jsonl")):
         assert games(workdir / path.relative_to(alone)) == games(path), path.name
     knowledge = "round_001/knowledge/knowledge.json"
     assert read_json(workdir / knowledge) == read_json(alone / knowledge)
@@ -164,7 +164,7 @@ def test_a_process_that_dies_stops_the_others(tmp_path):
     workdir = tmp_path / "run"
     started = start(workdir, 2, 2, rounds=50)
     deadline = time.monotonic() + 200
-    while not list(workdir.glob("round_001/deploy/*")) and time.monotonic() < deadline:
+    while not list(workdir.glob("round_001/trajectories/*")) and time.monotonic() < deadline:
         time.sleep(0.2)
     started[1][0].send_signal(signal.SIGKILL)
     (status, output), _ = end(started, timeout=150)

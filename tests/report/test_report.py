@@ -17,7 +17,7 @@ from tensorboard.util import tensor_util
 from tiny_run import copy_of, go, opened, tiny_config
 
 from oel_jax import environments
-from oel_jax.data.trajectories import read as read_games
+from oel_jax.data.trajectory_files import read as read_games
 from oel_jax.files import read_json, write_json
 from oel_jax.report import charts, figure
 from oel_jax.report import page as report
@@ -123,7 +123,9 @@ def test_times_and_tokens_are_those_of_the_stages(finished_run):
     run, place = collect(Workdir(finished_run)), finished_run / "round_001"
     tokens = generated_tokens(run, 1)
     stop = {3}  # the nano tokenizer's end of a turn
-    games_played = [g for file in (place / "deploy").glob("*.jsonl") for g in read_games(file)]
+    games_played = [
+        g for file in (place / "trajectories").glob("*.jsonl") for g in read_games(file)
+    ]
     answers = [turn.response_ids for game in games_played for turn in game.turns]
     assert tokens["deploy"] == sum(len(ids) - (ids[-1] in stop) for ids in answers)
     steps = [read_json(file) for file in (place / "knowledge").glob("chain_*/step_*.json")]
@@ -343,8 +345,8 @@ def test_every_evaluation_keeps_its_first_games_and_they_can_be_played_again(fin
 
 def test_an_interrupted_evaluation_keeps_the_same_games(finished_run, tmp_path, monkeypatch):
     expected = read_json(finished_run / "evaluate" / "start.samples.json")["games"]
-    deploy = importlib.import_module("oel_jax.actor.deploy")
-    play, seen = deploy.play, []
+    recording = importlib.import_module("oel_jax.actor.recording")
+    play, seen = recording.play, []
 
     def killed_after_three(*arguments):
         for played in play(*arguments):
@@ -353,14 +355,14 @@ def test_an_interrupted_evaluation_keeps_the_same_games(finished_run, tmp_path, 
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(deploy, "play", killed_after_three)
+    monkeypatch.setattr(recording, "play", killed_after_three)
     with pytest.raises(KeyboardInterrupt):
         start_evaluation(tmp_path / "run")
     log = tmp_path / "run" / "evaluate" / "start.games.jsonl"
     kept = [json.loads(line) for line in log.read_text().splitlines()]
     assert any("text" in record for record in kept)
     assert not (tmp_path / "run" / "evaluate" / "start.samples.json").exists()
-    monkeypatch.setattr(deploy, "play", play)
+    monkeypatch.setattr(recording, "play", play)
     # A log of an older version has no words: such games are played again.
     shutil.copytree(tmp_path / "run", tmp_path / "old")
     old = [{k: v for k, v in record.items() if k != "text"} for record in kept]

@@ -11,8 +11,10 @@ import pytest
 from tiny_run import copy_of, go, opened, tiny_config
 
 from oel_jax.chat import template
-from oel_jax.data.prompts import with_knowledge
-from oel_jax.data.trajectories import prefixes, read
+from oel_jax.chat.render import render
+from oel_jax.data.messages import Context
+from oel_jax.data.trajectories import decision_points
+from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.export import command as export
 from oel_jax.files import read_json, write_json
@@ -116,12 +118,13 @@ def test_all_prompts_of_a_run_have_its_date(tmp_path, clock, dated):
     clock(LATER)
     with opened(tmp_path / "run", config) as run:
         player = run.policy(1).tokenizer
-        stored = prefixes(read(run.workdir.deploy_games(1, 1)))
+        stored = decision_points(read(run.workdir.trajectories(1) / "deploy_0000.jsonl"))
         assert stored
-        for prefix in stored:
-            assert list(prefix.prompt_ids) == player.chat(prefix.prompt, thinking=True)
+        for point in stored:
+            assert list(point.prompt_ids) == render(player, point.dialogue, thinking=True)
         teacher = run.load(run.policy_directory(1)).tokenizer
-        shown = teacher.decode(teacher.chat(with_knowledge(stored[0].prompt, "x"), thinking=True))
+        context = Context("knowledge", "x")
+        shown = teacher.decode(render(teacher, stored[0].dialogue, context, thinking=True))
         assert shown.startswith("28 Nov 2026 23:58")
     # Without a run it is the day of loading, as in transformers.
     from oel_jax.models.language_model import load_model

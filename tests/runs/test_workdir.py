@@ -13,7 +13,7 @@ from oel_jax.config import defaults as oel_config
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.runs import workdir as workdir_module
-from oel_jax.runs.workdir import FREE_FIELDS, Workdir
+from oel_jax.runs.workdir import FREE_FIELDS, Workdir, lock_directory
 
 CONFIG = {"seed": 0, "rounds": 2, "loss": {"top_k": 256, "chunk": 512}, "log": {"every": 5.0}}
 
@@ -25,8 +25,7 @@ def changed(**fields):
 def test_names_of_the_layout(tmp_path):
     w = Workdir(tmp_path)
     names = [
-        (w.extract_games(1, 0), "round_001/deploy/extract_chain_00.jsonl"),
-        (w.deploy_games(1, 1), "round_001/deploy/step_001.jsonl"),
+        (w.trajectories(1), "round_001/trajectories"),
         (w.knowledge_step(2, 9, 3), "round_002/knowledge/chain_09/step_003.json"),
         (w.knowledge(1), "round_001/knowledge/knowledge.json"),
         (w.checkpoints(1), "round_001/consolidate"),
@@ -87,9 +86,21 @@ def test_unreadable_json_is_named(tmp_path):
         read_json(path)
 
 
+def test_a_run_of_the_old_layout_is_read_and_not_resumed(tmp_path):
+    with Workdir(tmp_path / "run").open(CONFIG) as w:
+        old = w.round(1) / "deploy" / "step_001.jsonl"
+        old.parent.mkdir(parents=True)
+        old.write_text("game\n")
+        w.finish(1, "deploy", [old], 1.5)
+    with pytest.raises(UserError, match=r"older version .*round_001/deploy.* new --workdir"):
+        Workdir(tmp_path / "run").open(CONFIG)
+    assert Workdir(tmp_path / "run").finished(1, "deploy")  # what only reads goes on
+    assert lock_directory(tmp_path / "run")  # and the lock was given back
+
+
 def test_a_stage_is_finished_only_with_all_its_files(tmp_path):
     with Workdir(tmp_path / "run").open(CONFIG) as w:
-        games, policy = w.deploy_games(1, 1), w.policy(1)
+        games, policy = w.trajectories(1) / "deploy_0000.jsonl", w.policy(1)
         games.parent.mkdir(parents=True)
         games.write_text("game\n")
         (policy / "sub").mkdir(parents=True)

@@ -14,6 +14,7 @@ from tiny_run import ROOT, contents, go, opened, results, tiny_config
 
 from oel_jax.config.defaults import leaves
 from oel_jax.config.file import load_module
+from oel_jax.data.line_files import LineWriter
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.report import page as report
@@ -103,7 +104,7 @@ def test_sharing_equals_not_sharing_byte_for_byte(finished_study, finished_run, 
         assert [name for name in expected if found[name] != expected[name]] == []
     slow, fast = (finished_study / name / "seed_0" for name in ("slow", "fast"))
     same = {"evaluate/start.json", "round_001/evaluate/in_context.json"}
-    same |= contents(slow, "round_001/deploy/*", "round_001/knowledge/**/*").keys()
+    same |= contents(slow, "round_001/trajectories/*", "round_001/knowledge/**/*").keys()
     assert len(same) == 2 + 5 + 5
     for name in same:
         assert (slow / name).samefile(fast / name), name
@@ -132,19 +133,19 @@ def test_a_deployment_is_shared_in_parts(finished_study, tmp_path, monkeypatch):
     root = tmp_path / "study"
     shutil.copytree(finished_study, root)
     played = []
-    write = deploy.TrajectoryWriter.write
+    write = LineWriter.write
     monkeypatch.setattr(
-        deploy.TrajectoryWriter,
+        LineWriter,
         "write",
         lambda self, game: (played.append(self.path.name), write(self, game)),
     )
     more = Variant("more", {"consolidate.steps": 4}, stages=("deploy",))
     one = Variant("one", {"extract.chains": 1}, stages=("deploy",))
     run_study(tiny_study(variants=(*tiny_study().variants, more, one)), root)
-    assert sorted(set(played)) == ["extract_chain_00.jsonl", "step_004.jsonl"]
+    assert sorted(set(played)) == ["deploy_0003.jsonl", "extract_0000.jsonl"]
     go(tmp_path / "alone", tiny_config(consolidate__steps=4), ["deploy"])
-    games = contents(root / "more" / "seed_0", "round_001/deploy/*")
-    assert games == contents(tmp_path / "alone", "round_001/deploy/*")
+    games = contents(root / "more" / "seed_0", "round_001/trajectories/*")
+    assert games == contents(tmp_path / "alone", "round_001/trajectories/*")
 
 
 @pytest.mark.e2e
@@ -351,8 +352,8 @@ def test_left_out_fields_leave_the_files_byte_for_byte(kind, finished_run, tmp_p
         config.consolidate.steps = 2
         with _undone(finished_run, tmp_path, config) as run:
             deploy.demonstrate(run, 1)
-        (tmp_path / "plain" / first / "demonstrate" / "step_003.jsonl").unlink()
-        finished_run, pattern = tmp_path / "plain", f"{first}/demonstrate/*"
+        (tmp_path / "plain" / first / "trajectories" / "demonstrate_0002.jsonl").unlink()
+        finished_run, pattern = tmp_path / "plain", f"{first}/trajectories/demonstrate_*"
     elif kind == "preflight":  # no part of the finished run either
         work = tmp_path / "plain"
         shutil.copytree(finished_run, work)
@@ -363,15 +364,15 @@ def test_left_out_fields_leave_the_files_byte_for_byte(kind, finished_run, tmp_p
             preflight.preflight(run, 1)
         finished_run, pattern = work, f"{first}/preflight.json"
     elif kind == "chains":
-        with _undone(finished_run, tmp_path, config, f"{first}/deploy") as run:
+        with _undone(finished_run, tmp_path, config, f"{first}/trajectories") as run:
             deploy.deploy(run, 1)
-        pattern = f"{first}/deploy/extract_chain_*"
-    elif kind == "step":
+        pattern = f"{first}/trajectories/extract_*"
+    elif kind == "deploy":
         config.consolidate.steps = 4
-        with _undone(finished_run, tmp_path, config, f"{first}/deploy") as run:
+        with _undone(finished_run, tmp_path, config, f"{first}/trajectories") as run:
             deploy.deploy(run, 1)
-        (run.workdir.deploy_games(1, 4)).unlink()
-        pattern = f"{first}/deploy/step_*"
+        (run.workdir.trajectories(1) / "deploy_0003.jsonl").unlink()
+        pattern = f"{first}/trajectories/deploy_*"
     elif kind in ("knowledge", "extract"):
         with _undone(finished_run, tmp_path, config, f"{first}/knowledge") as run:
             extract.extract(run, 1)

@@ -21,7 +21,7 @@ def test_a_killed_run_ends_as_one_left_alone(run_of_command, tmp_path):
 
 
 def spoil_trajectory(work):
-    path = work / "round_001" / "deploy" / "step_001.jsonl"
+    path = work / "round_001" / "trajectories" / "deploy_0000.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
 
 
@@ -46,7 +46,7 @@ def lose_knowledge(work):
 @pytest.mark.parametrize(
     ("spoil", "file"),
     [
-        (spoil_trajectory, "round_001/deploy/step_001.jsonl"),
+        (spoil_trajectory, "round_001/trajectories/deploy_0000.jsonl"),
         (spoil_policy, "round_001/policy/model.safetensors"),
         (spoil_metrics, "metrics.jsonl"),
         (lose_knowledge, "round_001/knowledge/chain_01/step_002.json"),

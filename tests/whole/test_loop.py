@@ -16,7 +16,7 @@ from tiny_run import ROOT, as_flags, contents, copy_of, go, opened, results, tin
 
 from oel_jax import environments
 from oel_jax.config.defaults import validate
-from oel_jax.data.trajectories import TrajectoryWriter, read
+from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.export.command import export
 from oel_jax.files import read_json, write_json
@@ -24,9 +24,9 @@ from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler
 
 # By name: the package's attributes `evaluate`, ... could be mistaken for the functions in them.
-consolidate, evaluate, extract = (
+consolidate, deploy, evaluate, extract = (
     importlib.import_module(f"oel_jax.{name}")
-    for name in ("learner.consolidate", "actor.evaluate", "learner.extract")
+    for name in ("learner.consolidate", "actor.deploy", "actor.evaluate", "learner.extract")
 )
 
 
@@ -62,10 +62,10 @@ def test_a_run_killed_in_every_stage_equals_an_uninterrupted_one(finished_run, t
     go_until(evaluate, "_record", 3, work, config)
     tear(work / "evaluate" / "start.games.jsonl")
     tear(work / "metrics.jsonl")
-    go_until(TrajectoryWriter, "write", 3, work, config)
-    tear(first / "deploy" / "extract_chain_01.jsonl")
-    go_until(TrajectoryWriter, "write", 6, work, config)
-    tear(first / "deploy" / "step_002.jsonl")
+    go_until(deploy, "_trajectory", 3, work, config)
+    tear(first / "trajectories" / "extract_0001.jsonl")
+    go_until(deploy, "_trajectory", 6, work, config)
+    tear(first / "trajectories" / "deploy_0001.jsonl")
     go_until(Workdir, "finish", 0, work, config)  # all is played and in the metrics
     go_until(extract, "write_json", 3, work, config)
     assert len(contents(first / "knowledge", "**/*.json")) == 3
@@ -219,7 +219,7 @@ def test_a_stage_says_what_it_needs(finished_run, tmp_path, capsys):
         go(work, tiny_config(rounds=2), ["deploy", "extract"])
     assert not (work / "round_002").exists()
     assert contents(work, "round_001/**/*") == contents(
-        finished_run, "round_001/deploy/*", "round_001/knowledge/**/*"
+        finished_run, "round_001/trajectories/*", "round_001/knowledge/**/*"
     )
 
 
@@ -231,7 +231,7 @@ def test_rounds_are_added_later_and_start_from_the_last_policy(finished_run, tmp
         assert run.policy_directory(2) == work / "round_001" / "policy"
     go(work, config, ["deploy"])
     assert contents(work, "round_001/**/*") == contents(finished_run, "round_001/**/*")
-    played = read(work / "round_002" / "deploy" / "step_001.jsonl")
+    played = read(work / "round_002" / "trajectories" / "deploy_0000.jsonl")
     assert {(game.policy, game.round) for game in played} == {("round_001", 2)}
     assert [game.seed for game in played] == environments.deploy_seeds(2, 1, 4)
 
@@ -310,10 +310,12 @@ def test_the_summary_has_the_documented_shape(finished_run):
 
 def test_an_emptied_trajectory_file_is_played_again(finished_run, tmp_path):
     work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
-    path = work / "round_001" / "deploy" / "step_002.jsonl"
+    path = work / "round_001" / "trajectories" / "deploy_0001.jsonl"
     path.write_bytes(b"")
     go(work, tiny_config(), ["deploy"])
-    assert contents(work, "round_001/deploy/*") == contents(finished_run, "round_001/deploy/*")
+    assert contents(work, "round_001/trajectories/*") == contents(
+        finished_run, "round_001/trajectories/*"
+    )
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_an_emptied_trajectory_file_is_played_again(finished_run, tmp_path):
 )
 def test_a_damaged_line_stops_the_run_with_file_and_line(finished_run, tmp_path, line, message):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    path = work / "round_001" / "deploy" / "step_002.jsonl"
+    path = work / "round_001" / "trajectories" / "deploy_0001.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], line, *lines[2:]]))
     before = contents(work, "round_001/**/*")
@@ -386,9 +388,9 @@ def test_other_games_go_through_the_loop(tmp_path, game, capsys):
     validate(config, games=environments.names())
     go(tmp_path, config)
     assert (tmp_path / "round_001" / "policy" / "model.safetensors").exists()
-    assert {game_.game for game_ in read(tmp_path / "round_001" / "deploy" / "step_001.jsonl")} == {
-        game
-    }
+    assert {
+        game_.game for game_ in read(tmp_path / "round_001" / "trajectories" / "deploy_0000.jsonl")
+    } == {game}
     result = read_json(tmp_path / "round_001" / "evaluate" / "consolidated.json")
     out = capsys.readouterr().out
     if game == "sokoban":

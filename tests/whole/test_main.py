@@ -140,7 +140,7 @@ def test_what_a_mesh_may_be_is_said_in_numbers():
 
 def test_a_user_error_of_a_stage_is_one_message_and_status_2(finished_run, tmp_path):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    (work / "round_001" / "deploy" / "step_002.jsonl").write_bytes(b"not json\n" * 2)
+    (work / "round_001" / "trajectories" / "deploy_0001.jsonl").write_bytes(b"not json\n" * 2)
     before = contents(work, "round_001/**/*")
     status, out, errors = command(*as_flags(), f"--workdir={work}")
     assert (status, errors.count("\n")) == (2, 1), errors

@@ -124,7 +124,7 @@ def check_the_signal(names):
         ids = model.tokenizer.chat(message, thinking=True)
         return model.logits([[*ids, *own]])[0, len(ids) - 1 : -1]
 
-    told = names["prompts"].with_knowledge(names["message"], names["gold"])
+    told = names["prompts"].play_prompt(names["situation"], names["gold"])
     kl = divergence(logits(names["message"]), logits(told), top_k=64, temperature=0.7)
     assert len(kl) == len(own) and float(kl.max()) > 1
     np.testing.assert_allclose(names["kl"], kl, atol=1e-3)
@@ -248,8 +248,9 @@ def test_4_reading_a_run(tmp_path, plots):
 
     # Lengths per board from the raw files.
     found = {}
-    for step in (1, 2):
-        for line in workdir.deploy_games(1, step).read_text(encoding="utf-8").splitlines():
+    for number in (0, 1):
+        path = workdir.trajectories(1) / f"deploy_{number:04d}.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines():
             game = json.loads(line)
             (board,) = environments.board_ids("frozen_lake", [game["seed"]])
             found.setdefault(board, []).extend(len(t["response_ids"]) for t in game["turns"])
@@ -277,8 +278,9 @@ def test_5_your_own_game(tmp_path, monkeypatch, plots):
     names, text = run(NAMES[4], WORKDIR=str(tmp_path / "run"), CHANGES=changes)
     workdir = Workdir(tmp_path / "run")
     assert workdir.finished(1, "evaluate")
-    game = json.loads(workdir.deploy_games(1, 1).read_text(encoding="utf-8").splitlines()[0])
-    assert game["game"] == "treasure" and "T" in game["turns"][0]["prompt"]
+    path = workdir.trajectories(1) / "deploy_0000.jsonl"
+    game = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    assert game["game"] == "treasure" and "T" in game["turns"][0]["messages"][0]["content"]
     rates = [read_json(file)["pass_rate"] for file in names["files"].values()]
     (axes,) = plots.gcf().axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(rates)

@@ -1,0 +1,33 @@
+"""Messages and context to ids: one function for the student's prompts and the teacher's."""
+
+from typing import TYPE_CHECKING
+
+from oel_jax.data.messages import NOTHING, Context, Dialogue, place_context
+from oel_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from oel_jax.chat.tokenizer import Tokenizer
+
+
+def render(
+    tokenizer: "Tokenizer", dialogue: Dialogue, context: Context = NOTHING, *, thinking: bool
+) -> list[int]:
+    """Ids of a prompt: the dialogue, with the context in its place, and the generation prompt.
+
+    Text from outside never becomes a control token, wherever it is placed.
+
+    Args:
+        context: what a teacher reads in addition; by default nothing, as the student.
+        thinking: thinking flag of the template.
+
+    Raises:
+        UserError: the context does not fit the dialogue (see `place_context`), or the model has no
+            usable chat template.
+    """
+    messages = place_context(dialogue, context)
+    if dialogue.tools or len(messages) != 1 or messages[0]["role"] != "user":
+        raise UserError(
+            "this conversation has several messages, another role than 'user', or tools; only "
+            "prompts of one user message can be rendered"
+        )
+    return tokenizer.chat(messages[0]["content"], thinking=thinking)
