@@ -4,8 +4,8 @@ A key is made of everything a stage can depend on: all config fields but those t
 matter (`LEFT_OUT`, checked by a test that changes them all and compares bytes), and the contents of
 the files it reads, the starting model's included. Equal keys, equal files.
 
-Games and evaluations are shared in parts: the games for knowledge, each file of games to
-train on, each evaluation. A stage that finds only some of its parts continues from them as after a kill.
+Games and evaluations are shared in parts: the games for knowledge, each file of games to train on,
+each evaluation. A stage that finds only some of its parts continues from them as after a kill.
 """
 
 import hashlib
