@@ -217,7 +217,7 @@ def test_cached_prefix_equals_uncached_teacher(teacher, samples):
     assert worst <= 1e-4, worst
 
 
-def test_prefix_is_cut_at_a_token_and_encoded_once(teacher, prompts):
+def test_prefix_is_cut_at_a_token_and_encoded_once(teacher, prompts, samples):
     for text, prefix in enumerate(teacher.encoded):
         ids = teacher.prompt(text, prompts[0])
         assert tuple(ids[: len(prefix.ids)]) == prefix.ids

@@ -159,7 +159,7 @@ def test_demonstrations_are_shared(finished_study, tmp_path, monkeypatch):
     )
     study = tiny_study(variants=(tiny_study().variants[0], *variants), paper={})
     assert run_study(study, root) == (True, True)
-    files = contents(root / "off_policy" / "seed_0", "round_001/demonstrate/*")
+    files = contents(root / "off_policy" / "seed_0", "round_001/trajectories/demonstrate_*")
     assert len(files) == 3
     for name in files:
         assert (root / "sft/seed_0" / name).samefile(root / "off_policy/seed_0" / name)
