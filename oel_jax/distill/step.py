@@ -230,7 +230,12 @@ class Update(NamedTuple):
 
 @partial(jax.jit, static_argnames=("tx", "clip_norm"), donate_argnums=(0, 1))
 def update(
-    params: Params, state: Any, gradients: Params, *, tx: Any, clip_norm: float
+    params: Params,
+    state: Any,
+    gradients: Params,
+    *,
+    tx: optax.GradientTransformationExtraArgs,
+    clip_norm: float,
 ) -> tuple[Params, Any, Update]:
     """One AdamW step with global-norm clipping; a non-finite norm skips it (spec 8.6).
 
@@ -241,5 +246,5 @@ def update(
     finite = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
     clipped = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradients)
-    params, state = tx.update(params, clipped, state, finite)
-    return params, state, Update(norm, ~finite)
+    changes, state = tx.update(clipped, state, params, finite=finite)
+    return optax.apply_updates(params, changes), state, Update(norm, ~finite)

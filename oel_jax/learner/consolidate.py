@@ -24,7 +24,7 @@ from oel_jax.data.trajectories import decision_points
 from oel_jax.data.trajectory_files import TrajectoryStore
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.lora import Lora, adapted, fresh_adapter, merged, save_adapter
-from oel_jax.distill.optimizer import optimizer
+from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import (
     PLACES,
@@ -120,7 +120,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     games = [stored.trajectory for stored in episodes_of_step(config, store, "deploy", 1)]
     first, own = decision_points(games), own_contexts(config, games, teacher_model.tokenizer)
     beginning = common_beginning(first)
-    tx = optimizer(settings)
+    tx = make_optimizer(settings)
     step_config = static_settings(config, teacher_model.cfg)
     label = f"round {round_number} consolidate"
     traces = run.workdir.tensorboard / f"round_{round_number:03d}" / "consolidate"

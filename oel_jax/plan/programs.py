@@ -16,7 +16,7 @@ import ml_collections
 from jax import P
 
 from oel_jax.distill.lora import Lora, abstract_adapter, adapter_shardings
-from oel_jax.distill.optimizer import optimizer
+from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import MicroBatch, Shape, View
 from oel_jax.distill.step import accumulate, cast, sensitivity, update
 from oel_jax.learner.consolidate import static_settings
@@ -94,7 +94,7 @@ class Arrays:
             self.masters = self._adapter(jnp.float32, layout.mesh)
         else:
             self.masters = self._params(cfg, jnp.float32, layout.mesh)
-        self.tx = optimizer(config.consolidate)
+        self.tx = make_optimizer(config.consolidate)
         self.moments = self._moments()
 
     @staticmethod

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_step import settings
 
-from oel_jax.distill.optimizer import dithered, optimizer
+from oel_jax.distill.dither import dither
+from oel_jax.distill.optimizer import adamw, make_optimizer
 from oel_jax.distill.step import update
 from oel_jax.parallel.mesh import make_mesh
 
@@ -44,8 +46,8 @@ def trained(tx, series, after=lambda moments: moments):
     """The same by our optimizer in one scan; the moments as they are stored."""
 
     def body(carry, g):
-        params, state = tx.update(carry[0], {"w": g}, carry[1], jnp.array(True))
-        return (params, after(state)), None
+        changes, state = tx.update({"w": g}, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], changes), after(state)), None
 
     params = {"w": jnp.zeros(SIZE)}
     start = (params, tx.init(params))
@@ -74,24 +76,54 @@ def off(second, expected):
 def test_bfloat16_moments_follow_float64(kind):
     series = gradients(kind)
     p, m, v = float64(series)
-    wide = trained(optimizer(settings()), series)
+    wide = trained(make_optimizer(settings()), series)
     assert [x.dtype for x in wide[1:]] == [jnp.float32] * 2
     np.testing.assert_allclose(wide[0], p, atol=2e-5 * np.abs(p).max())
     np.testing.assert_allclose(wide[2], v, rtol=1e-4)
-    narrow = trained(optimizer(settings(moments_dtype="bfloat16")), series)
+    narrow = trained(make_optimizer(settings(moments_dtype="bfloat16")), series)
     assert [x.dtype for x in narrow[1:]] == [jnp.bfloat16] * 2
     mean, spread = off(narrow[2], v)
     assert mean < 0.01 and spread < 0.04, (mean, spread)
     # What it is for: the parameters go the same way.
     assert np.sqrt(((narrow[0] - p) ** 2).mean()) < 0.03 * np.sqrt((p**2).mean())
     # The naive way would not pass.
-    assert max(off(trained(optimizer(settings()), series, nearest)[2], v)) > 0.1
+    assert max(off(trained(make_optimizer(settings()), series, nearest)[2], v)) > 0.1
+
+
+@pytest.mark.parametrize("rate", [1e-3, optax.cosine_decay_schedule(1e-2, 40)])
+def test_it_is_optax_adamw(rate):
+    """To float32's last places: a constant rate and a schedule, leaves of any shape."""
+    draw = np.random.default_rng(2)
+    shapes = {"matrix": (17, 5), "vector": (33,), "scalar": (), "stack": (2, 3, 4)}
+
+    def leaves(scale):
+        return {k: jnp.asarray(scale * draw.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+    params = leaves(1.0)
+    ours = adamw(rate, b1=0.9, b2=0.95, eps=1e-8, decay=0.1)
+    theirs = optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    sides = [[params, tx.init(params), tx] for tx in (ours, theirs)]
+    for number in range(50):
+        gradients = leaves(10.0 ** (number % 7 - 3))
+        for side in sides:
+            changes, side[1] = side[2].update(gradients, side[1], side[0])
+            side[0] = optax.apply_updates(side[0], changes)
+    for name in shapes:
+        np.testing.assert_allclose(sides[0][0][name], sides[1][0][name], rtol=2e-6, atol=2e-7)
+
+
+def test_equal_settings_are_one_optimizer():
+    """The jitted step takes it as a static argument: another object would compile it again."""
+    assert make_optimizer(settings()) is make_optimizer(settings())
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx = make_optimizer(settings())
+        tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}))
 
 
 def test_rounding_is_to_a_neighbour_and_without_bias():
     draw = np.random.default_rng(1)
     x = (draw.normal(size=4096) * 10.0 ** draw.integers(-20, 20, 4096)).astype(np.float32)
-    rounded = np.stack([np.asarray(dithered(x, s, 3), np.float32) for s in range(1, 129)])
+    rounded = np.stack([np.asarray(dither(x, s, 3), np.float32) for s in range(1, 129)])
     bits = x.view(np.uint32) & np.uint32(0xFFFF0000)
     low, high = bits.view(np.float32), (bits + np.uint32(0x10000)).view(np.float32)
     assert ((rounded == low) | (rounded == high)).all()
@@ -101,8 +133,8 @@ def test_rounding_is_to_a_neighbour_and_without_bias():
     at_once = (rounded == high).mean(1) - fraction.mean()  # and within each step, over elements
     assert np.abs(at_once).max() < 0.04
     exact = np.array([0.0, -0.0, 1.0, -2.5, 2.0**-120], np.float32)
-    np.testing.assert_array_equal(np.asarray(dithered(exact, 7, 0), np.float32), exact)
-    odd = np.asarray(dithered(np.array([np.inf, -np.inf, np.nan], np.float32), 7, 0), np.float32)
+    np.testing.assert_array_equal(np.asarray(dither(exact, 7, 0), np.float32), exact)
+    odd = np.asarray(dither(np.array([np.inf, -np.inf, np.nan], np.float32), 7, 0), np.float32)
     assert odd[0] == np.inf and odd[1] == -np.inf and np.isnan(odd[2])
 
 
@@ -115,7 +147,7 @@ def tree(mesh, spec, count=0):
 
 def updated(mesh, spec, moments, kind="device", steps=5):
     """Parameters and state after some updates, the state lying in memory `kind`."""
-    tx = optimizer(settings(moments_dtype=moments))
+    tx = make_optimizer(settings(moments_dtype=moments))
     with jax.set_mesh(mesh):
         params = tree(mesh, spec)
         state = jax.jit(tx.init)(params)
@@ -139,10 +171,10 @@ def test_rounding_does_not_depend_on_the_devices():
     for mesh in (make_mesh(1, 1, jax.devices()[:1]), make_mesh(4, 2), make_mesh(2, 4)):
         with jax.set_mesh(mesh):
             x = tree(mesh, PartitionSpec("fsdp", "tp"))["a"]
-            rounded.append(np.asarray(jax.jit(dithered, static_argnums=2)(x, jnp.int32(5), 1)))
+            rounded.append(np.asarray(jax.jit(dither, static_argnums=2)(x, jnp.int32(5), 1)))
     np.testing.assert_array_equal(rounded[0], rounded[1])
     np.testing.assert_array_equal(rounded[0], rounded[2])
-    plain = np.asarray(dithered(tree(mesh, PartitionSpec())["a"], 5, 2))
+    plain = np.asarray(dither(tree(mesh, PartitionSpec())["a"], 5, 2))
     assert 0.2 < (plain != rounded[0]).mean() < 0.5  # another seed, another pattern
 
 
@@ -170,7 +202,7 @@ def test_compiled_for_a_tpu_the_moments_stay_on_the_host():
     params = {
         f"w{n}": jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=place) for n in range(8)
     }
-    tx, needs = optimizer(settings()), {}
+    tx, needs = make_optimizer(settings()), {}
     with jax.set_mesh(mesh):
         for kind in ("device", "pinned_host"):
             state = jax.tree.map(

@@ -13,7 +13,7 @@ from tiers import meshes
 from oel_jax.chat.render import render
 from oel_jax.data.messages import Context, Dialogue, user
 from oel_jax.distill.aggregation import sample_weights
-from oel_jax.distill.optimizer import optimizer
+from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.reference import divergence
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
@@ -240,7 +240,7 @@ def test_micro_batch_size_cannot_change_the_result(student, teacher, samples, ho
     close(small[1], large[1], 2e-6)
     # At the paper's highest rate. AdamW's first step divides a gradient by its own size, so where
     # a gradient is nothing but rounding, its sign is too.
-    tx = optimizer(settings(learning_rate=5e-6))
+    tx = make_optimizer(settings(learning_rate=5e-6))
     with jax.set_mesh(student.mesh):
         after = [
             jax.device_get(
@@ -308,7 +308,7 @@ def test_eight_devices_equal_one(prompts, whole, shape):
     loss, gradients, _ = run(student, teacher, samples, 100_000)
     assert abs(loss - whole[0]) <= 1e-5 * abs(whole[0])
     close(gradients, whole[1], 1e-4)
-    tx = optimizer(settings(learning_rate=5e-6))
+    tx = make_optimizer(settings(learning_rate=5e-6))
     places = param_shardings(CFG, mesh)
     after = []
     with jax.set_mesh(mesh):
@@ -347,7 +347,7 @@ def tree(seed, scale=1.0):
 
 def test_adamw_equals_numpy_over_three_steps():
     """Decoupled decay on every parameter, bias correction, clipping at global norm 1 (8.6)."""
-    tx, params = optimizer(settings()), tree(0)
+    tx, params = make_optimizer(settings()), tree(0)
     expected = {k: v.astype(np.float64) for k, v in params.items()}
     m, v = ({k: np.zeros_like(x) for k, x in expected.items()} for _ in range(2))
     ours, state = jax.tree.map(jnp.asarray, params), tx.init(params)
@@ -367,7 +367,7 @@ def test_adamw_equals_numpy_over_three_steps():
 
 
 def test_a_non_finite_gradient_changes_nothing():
-    tx, params = optimizer(settings()), tree(0)
+    tx, params = make_optimizer(settings()), tree(0)
     start = jax.tree.map(jnp.asarray, params)
     good = jax.tree.map(jnp.asarray, tree(1))
     start, state, _ = update(start, tx.init(params), good, tx=tx, clip_norm=1.0)
