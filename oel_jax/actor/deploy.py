@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import jax
+import ml_collections
 import numpy as np
 
 from oel_jax import environments
@@ -43,7 +45,8 @@ class _Counts:
 def deploy(run: Run, round_number: int) -> list[Path]:
     """Collect T and T' of a round; returns the files. Finished games are not played again."""
     config = run.config
-    model = _player_of_round(run, round_number)
+    directory = policy_directory(config, run.workdir, round_number)
+    model = load_player(config, directory, run.host, today=run.today)
     store = TrajectoryStore(run.workdir.trajectories(round_number))
     game = negative_control.played_game(config, "extract")
     extraction = environments.extraction_seeds(round_number, config.extract.n_run)
@@ -64,14 +67,14 @@ def deploy(run: Run, round_number: int) -> list[Path]:
             store.path("deploy", number),
             [Job(seed, ("deploy", round_number), game=game) for seed in seeds],
         )
-        for number, seeds in enumerate(training_seeds(run, round_number))
+        for number, seeds in enumerate(training_seeds(config, round_number))
     ]
     rows, values = [], {}
     for purpose, files, how in (
         ("extract", for_knowledge, sampling(config.extract)),
         ("deploy", for_training, sampling(config.deploy)),
     ):
-        found = _collect(run, model, round_number, purpose, files, how)
+        found = _collect(config, model, run.host, round_number, purpose, files, how)
         values |= {
             f"{purpose}_turns": (found.turns, found.games),
             f"{purpose}_response_tokens": (found.tokens, found.turns),
@@ -89,16 +92,16 @@ def deploy(run: Run, round_number: int) -> list[Path]:
     return [file.path for file in for_knowledge + for_training]
 
 
-def training_seeds(run: Run, round_number: int) -> list[list[int]]:
+def training_seeds(config: ml_collections.ConfigDict, round_number: int) -> list[list[int]]:
     """Seeds of T', file by file: as many games as all optimizer steps will ask for.
 
     The spec numbers the games by optimizer step; a file has as many as a step so that runs with
     more steps can share files. Which games a step trains on is the learner's own affair.
     """
-    size = run.config.deploy.games_per_step
+    size = config.deploy.games_per_step
     return [
         environments.deploy_seeds(round_number, part, size)
-        for part in range(1, run.config.consolidate.steps + 1)
+        for part in range(1, config.consolidate.steps + 1)
     ]
 
 
@@ -108,12 +111,13 @@ def demonstrate(run: Run, round_number: int) -> list[Path]:
     For the off-policy baselines alone (`consolidate.mode`); one context is drawn for each game.
     """
     config = run.config
-    model = _player_of_round(run, round_number)
+    directory = policy_directory(config, run.workdir, round_number)
+    model = load_player(config, directory, run.host, today=run.today)
     store = TrajectoryStore(run.workdir.trajectories(round_number))
-    contexts = contexts_of_round(run, round_number, model)
+    contexts = contexts_of_round(config, run.workdir, round_number, model.tokenizer)
     game = negative_control.played_game(config, "demonstrate")
     files = []
-    for number, seeds in enumerate(training_seeds(run, round_number)):
+    for number, seeds in enumerate(training_seeds(config, round_number)):
         drawn = drawn_texts(round_number, number + 1, len(seeds), len(contexts))
         jobs = [
             Job(seed, ("demonstrate", round_number), contexts[index], game=game)
@@ -121,7 +125,7 @@ def demonstrate(run: Run, round_number: int) -> list[Path]:
         ]
         files.append(GameFile(store.path("demonstrate", number), jobs))
     how = sampling(config.deploy)
-    found = _collect(run, model, round_number, "demonstrate", files, how)
+    found = _collect(config, model, run.host, round_number, "demonstrate", files, how)
     values = {
         "turns": (found.turns, found.games),
         "response_tokens": (found.tokens, found.turns),
@@ -132,15 +136,10 @@ def demonstrate(run: Run, round_number: int) -> list[Path]:
     return [file.path for file in files]
 
 
-def _player_of_round(run: Run, round_number: int) -> LanguageModel:
-    """P_r, to play with."""
-    directory = policy_directory(run.config, run.workdir, round_number)
-    return load_player(run.config, directory, run.host, today=run.today)
-
-
 def _collect(
-    run: Run,
+    config: ml_collections.ConfigDict,
     model: LanguageModel,
+    mesh: jax.sharding.Mesh,
     round_number: int,
     purpose: str,
     files: Sequence[GameFile],
@@ -149,7 +148,7 @@ def _collect(
     """Play what is missing of one collection, file by file in order."""
     contexts = sorted({job.context for f in files for job in f.jobs}, key=lambda one: one.text)
     form = Format(
-        record=partial(_trajectory, run.config.game.wrapper, round_number, purpose),
+        record=partial(_trajectory, config.game.wrapper, round_number, purpose),
         name=lambda trajectory: [trajectory.game, trajectory.seed],
         name_of_job=lambda job: [job.game, job.seed],
         decode=decode,
@@ -158,9 +157,9 @@ def _collect(
     record_games(
         files,
         form,
-        lambda games: make_player(run.config, model, run.host, how, contexts, games),
+        lambda games: make_player(config, model, mesh, how, contexts, games),
         f"round {round_number} deploy for {_PURPOSE[purpose]}",
-        run.config.log.console_every,
+        config.log.console_every,
     )
     counts = [0, 0, 0, 0]
     if processes.is_first():

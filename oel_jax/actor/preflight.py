@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -55,10 +56,13 @@ def preflight(run: Run, round_number: int) -> list[Path]:
     else:
         directory = policy_directory(run.config, run.workdir, round_number)
         model = load_player(run.config, directory, run.host, today=run.today)
-        texts = [context.text for context in contexts_of_round(run, round_number, model)]
+        texts = [
+            context.text
+            for context in contexts_of_round(run.config, run.workdir, round_number, model.tokenizer)
+        ]
         log = file.with_suffix(".games.jsonl")
         read = list(dict.fromkeys(["", *texts]))  # an equal text would play the same games
-        records = _games(run, round_number, model, read, log)
+        records = _games(run.config, run.host, round_number, model, read, log)
         result = _summarise(run.config.preflight.games, round_number, texts, read, records)
         if processes.is_first():
             write_json(file, result)
@@ -126,12 +130,17 @@ def preflight_boards(config: ml_collections.ConfigDict, round_number: int) -> li
 
 
 def _games(
-    run: Run, round_number: int, model: LanguageModel, texts: Sequence[str], log: Path
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    round_number: int,
+    model: LanguageModel,
+    texts: Sequence[str],
+    log: Path,
 ) -> list[dict[str, Any]]:
     """One game for each text and board; those in `log` are not played again."""
-    config, seeds = run.config, preflight_boards(run.config, round_number)
+    seeds = preflight_boards(config, round_number)
     contexts = [Context("knowledge", text) if text else NOTHING for text in texts]
-    fsdp = run.host.shape["fsdp"]
+    fsdp = mesh.shape["fsdp"]
     slots = slot_count(config, fsdp, len(texts) * len(seeds))
     lanes = lane_count(fsdp, sum(map(bool, texts)), slots)
     jobs = [
@@ -145,7 +154,7 @@ def _games(
     record_games(
         [file],
         form,
-        lambda games: make_player(config, model, run.host, how, contexts, games),
+        lambda games: make_player(config, model, mesh, how, contexts, games),
         f"round {round_number} preflight",
         config.log.console_every,
     )

@@ -111,7 +111,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     teacher_model = run.load(run.policy_directory(round_number), teacher_dtype, run.mesh)
     teacher = Teacher(
         teacher_model,
-        contexts_of_round(run, round_number, teacher_model),
+        contexts_of_round(config, run.workdir, round_number, teacher_model.tokenizer),
         thinking=config.model.thinking,
         block=config.model.attention_block,
     )

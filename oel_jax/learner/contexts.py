@@ -26,35 +26,37 @@ from oel_jax.data.trajectory_files import TrajectoryStore, read
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.machine import paths
-from oel_jax.models.language_model import LanguageModel
-from oel_jax.runs.session import Run
+from oel_jax.parallel import processes
+from oel_jax.runs.policies import policy_directory
 from oel_jax.runs.workdir import Workdir
 
 
-def raw_trajectories(run: Run, round_number: int) -> None:
+def write_raw_trajectories(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int
+) -> None:
     """The first i games of a chain, whole, as its text after step i.
 
     The histories are those that an extractor would read, one after the other, cut to `l_max` from
     the newest line back (the v3 rule).
     """
-    config = run.config.extract
-    tokenizer = load_tokenizer(run.policy_directory(round_number))
+    settings = config.extract
+    tokenizer = load_tokenizer(policy_directory(config, workdir, round_number))
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text))
 
-    for chain in range(config.chains):
-        games = games_of_chain(run.config, run.workdir, round_number, chain)
+    for chain in range(settings.chains):
+        games = games_of_chain(config, workdir, round_number, chain)
         text = ""
         for step, game in enumerate(games, start=1):
             history = prompts.extraction_history(
-                game.exchanges(), game.outcome or "", outcome_mode=config.outcome
+                game.exchanges(), game.outcome or "", outcome_mode=settings.outcome
             )
             text = knowledge.truncate(
-                text + history, config.l_max, count, "v3", keep=config.truncate
+                text + history, settings.l_max, count, "v3", keep=settings.truncate
             )
             write_json(
-                run.workdir.knowledge_step(round_number, chain, step),
+                workdir.knowledge_step(round_number, chain, step),
                 _record(chain, step, text, history, count(text)),
             )
 
@@ -98,51 +100,54 @@ def own_contexts(
     the teacher knows how the game went on and ended, and the student learns what that would have
     changed in its answers.
     """
-    config = config.extract
-    if config.experience != "own_game":
+    settings = config.extract
+    if settings.experience != "own_game":
         return [None] * len(games)
 
     def history(game: Trajectory) -> str:
         text = prompts.extraction_history(
-            game.exchanges(), game.outcome or "", outcome_mode=config.outcome
+            game.exchanges(), game.outcome or "", outcome_mode=settings.outcome
         )
         return knowledge.truncate(
             text.strip(),
-            config.l_max,
+            settings.l_max,
             lambda text: len(tokenizer.encode(text)),
             "v3",
-            keep=config.truncate,
+            keep=settings.truncate,
         )
 
     return [Context("hindsight", history(game)) for game in games]
 
 
-def no_experience(run: Run, round_number: int) -> None:
+def write_empty_texts(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int
+) -> None:
     """K empty texts: a control, in which the teacher knows no more than the student.
 
     Also where each game has a context for itself (`own_contexts`).
     """
-    for chain in range(run.config.extract.chains):
-        for step in range(1, run.config.extract.n_run + 1):
+    for chain in range(config.extract.chains):
+        for step in range(1, config.extract.n_run + 1):
             write_json(
-                run.workdir.knowledge_step(round_number, chain, step),
+                workdir.knowledge_step(round_number, chain, step),
                 _record(chain, step, "", "", 0),
             )
 
 
-def of_another_run(run: Run, round_number: int) -> None:
+def copy_of_another_run(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int
+) -> None:
     """Copy what the run in `extract.knowledge_from` knew in the same round.
 
     Raises:
       UserError: it has not extracted in that round, or has fewer chains or steps.
     """
-    config = run.config.extract
-    check_other_run(run.config, rounds=round_number)
-    other = Workdir(config.knowledge_from)
-    for chain in range(config.chains):
-        for step in range(1, config.n_run + 1):
+    check_other_run(config, rounds=round_number)
+    other = Workdir(config.extract.knowledge_from)
+    for chain in range(config.extract.chains):
+        for step in range(1, config.extract.n_run + 1):
             write_json(
-                run.workdir.knowledge_step(round_number, chain, step),
+                workdir.knowledge_step(round_number, chain, step),
                 read_json(other.knowledge_step(round_number, chain, step)),
             )
 
@@ -166,7 +171,7 @@ def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None
     for number in range(1, (rounds or config.rounds) + 1):
         if not other.finished(number, "extract"):
             raise UserError(
-                f"{field}: round {number} has no finished extract stage; let that run go on, or "
+                f"{field}: round {number} has no finished extract stage; let that run continue, or "
                 "lower config.rounds"
             )
     has = read_json(other.config_file)["extract"]
@@ -178,7 +183,9 @@ def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None
             )
 
 
-def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[str]:
+def texts_of_round(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, tokenizer: Tokenizer
+) -> list[str]:
     """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
 
     With `extract.experience='none'` all of them are empty, as the config asks; with 'own_game' one
@@ -187,20 +194,20 @@ def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[st
     Raises:
       UserError: all are empty against the config's wish, so there is nothing to learn.
     """
-    path = run.workdir.knowledge(round_number)
-    extract = run.config.extract
+    path = workdir.knowledge(round_number)
+    extract = config.extract
     texts = [
         knowledge.truncate(
             text.strip(),
             extract.l_max,
-            lambda piece: len(model.tokenizer.encode(piece)),
+            lambda piece: len(tokenizer.encode(piece)),
             "v4",
             keep=extract.truncate,
             marker=extract.item_marker,
         )
-        for text in run.read_json(path)["texts"]
+        for text in processes.json_from_first(path)["texts"]
     ]
-    if empty_on_purpose(run.config):
+    if empty_on_purpose(config):
         return texts[:1] if extract.experience == "own_game" else texts
     if not any(texts):
         raise UserError(
@@ -212,16 +219,19 @@ def texts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[st
     empty = [index for index, text in enumerate(texts) if not text]
     if empty:
         print(
-            f"knowledge of chain(s) {empty} is empty: prefixes that draw it are distilled from the "
-            "teacher without knowledge"
+            f"knowledge of chain(s) {empty} is empty: decision points that draw it are distilled "
+            "from the teacher without knowledge"
         )
-    return negative_control.teacher_texts(run.config, round_number, texts)
+    return negative_control.teacher_texts(config, round_number, texts)
 
 
-def contexts_of_round(run: Run, round_number: int, model: LanguageModel) -> list[Context]:
+def contexts_of_round(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, tokenizer: Tokenizer
+) -> list[Context]:
     """The contexts that all decision points of a round draw from; see `texts_of_round`."""
-    kind = _KINDS[run.config.extract.experience]
-    return [Context(kind, text) for text in texts_of_round(run, round_number, model)]
+    kind = _KINDS[config.extract.experience]
+    texts = texts_of_round(config, workdir, round_number, tokenizer)
+    return [Context(kind, text) for text in texts]
 
 
 _KINDS = {"knowledge": "knowledge", "raw": "raw", "none": "none", "own_game": "none"}

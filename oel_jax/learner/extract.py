@@ -14,22 +14,32 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import ml_collections
+
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config.defaults import extraction_template, extractor_budget
 from oel_jax.data import answers, knowledge, prompts
 from oel_jax.data.trajectories import Trajectory
 from oel_jax.files import read_json, write_json
-from oel_jax.learner.contexts import games_of_chain, no_experience, of_another_run, raw_trajectories
+from oel_jax.learner.contexts import (
+    copy_of_another_run,
+    games_of_chain,
+    write_empty_texts,
+    write_raw_trajectories,
+)
 from oel_jax.learner.history import with_markers
 from oel_jax.machine import preemption
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
-from oel_jax.runs.console import waiting
-from oel_jax.runs.metrics import printable
-from oel_jax.runs.samplers import sampling
+from oel_jax.runs.console import Progress, waiting
+from oel_jax.runs.keys import chain_key
+from oel_jax.runs.metrics import Metrics, NoMetrics, printable
+from oel_jax.runs.policies import load_player, policy_directory
+from oel_jax.runs.samplers import build_sampler, extraction_layout, extraction_width, sampling
 from oel_jax.runs.session import Run
+from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.requests import Completion, Request
 
 
@@ -48,9 +58,9 @@ def extract(run: Run, round_number: int) -> list[Path]:
     config = run.config.extract
     numbers = range(config.chains)
     if config.knowledge_from or config.experience != "knowledge":
-        empty = {"none": no_experience, "own_game": no_experience}
-        fill = {"knowledge": of_another_run, "raw": raw_trajectories} | empty
-        work = partial(fill[config.experience], run, round_number)
+        empty = {"none": write_empty_texts, "own_game": write_empty_texts}
+        fill = {"knowledge": copy_of_another_run, "raw": write_raw_trajectories} | empty
+        work = partial(fill[config.experience], run.config, run.workdir, round_number)
         processes.first_does("texts are filled in", work)
     else:
         _grow(run, round_number, processes.share(numbers))
@@ -58,8 +68,9 @@ def extract(run: Run, round_number: int) -> list[Path]:
             processes.wait("chains are grown")
     if processes.is_first():
         if config.knowledge_from or config.experience != "knowledge" or processes.count() > 1:
-            _log(run, round_number, range(1, config.n_run + 1))
-        _finish(run, round_number)
+            steps = range(1, config.n_run + 1)
+            _log(run.metrics, config, run.workdir, round_number, steps)
+        _finish(run.metrics, config, run.workdir, round_number)
     steps = range(1, config.n_run + 1)
     files = [run.workdir.knowledge_step(round_number, k, step) for k in numbers for step in steps]
     return [run.workdir.knowledge(round_number), *files]
@@ -71,32 +82,26 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
     if not numbers:  # more processes than chains
         return
     directory = resolve(resolve_bundled(config.model_path)) if config.model_path else None
-    extractor = run.player(run.load(directory)) if directory else run.policy(round_number)
-    chains = [_open_chain(run, round_number, number) for number in numbers]
-    longest_prompt, budget = extractor_budget(run.config)
-    # Steps generated together: one while a step needs the text of the last.
-    width = 1 if config.previous else max(1, run.config.sampler.slots // config.chains)
+    policy = policy_directory(run.config, run.workdir, round_number)
+    extractor = load_player(run.config, directory or policy, run.host, today=run.today)
+    chains = [_open_chain(run.config, run.workdir, round_number, number) for number in numbers]
+    sizes = extraction_layout(run.config, run.host.shape["fsdp"], len(chains))
+    width, budget = extraction_width(run.config), sizes.response
     opened = extractor.tokenizer.opens_thought(thinking=run.config.model.thinking)
     player = extractor.tokenizer
     if directory:
-        player = load_tokenizer(run.policy_directory(round_number), run.today)
-    sampler = run.sampler(
-        extractor,
-        sampling(config),
-        prompt=longest_prompt,
-        response=budget,
-        slots=width * len(chains),
-        draft=config.draft_tokens,
-    )
+        player = load_tokenizer(policy, run.today)
+    sampler = build_sampler(run.config, extractor, run.host, sampling(config), sizes)
     first, alone = min(chain.done for chain in chains), processes.count() == 1
     if alone:
-        _log(run, round_number, range(1, first + 1))  # a kill may have come before the metrics
+        # A kill may have come before the metrics.
+        _log(run.metrics, config, run.workdir, round_number, range(1, first + 1))
     label = f"round {round_number} extract"
     done = sum(chain.done for chain in chains)
     calls = config.n_run * len(chains)
     safe_place = partial(preemption.stop_if_noticed, "finished texts are kept")
     with (
-        run.progress(calls, "calls", label, done=done) as progress,
+        Progress(calls, "calls", label, every=run.config.log.console_every, done=done) as progress,
         preemption.holding(),
     ):
         progress.follow(lambda: (calls - done) * budget, tokens=lambda: sampler.written)
@@ -104,25 +109,27 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
             safe_place()
             steps = range(start, min(start + width, config.n_run + 1))
             requests = [
-                _request(run, extractor, player, round_number, chain, step)
+                _request(run.config, extractor, player, round_number, chain, step)
                 for chain in chains
                 for step in steps
                 if step > chain.done
             ]
             for answer in sampler.generate(extractor.params, requests, safe_place):
                 chain, step = answer.tag
-                _absorb(run, extractor, round_number, chain, step, answer, opened)
+                file = run.workdir.knowledge_step(round_number, chain.number, step)
+                _absorb(run.config.extract, extractor.tokenizer, file, answer, opened)
                 progress.update()
             if alone:  # otherwise other processes have some of the chains
-                _log(run, round_number, steps)
+                _log(run.metrics, config, run.workdir, round_number, steps)
 
 
-def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
+def _open_chain(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, number: int
+) -> _Chain:
     """A chain's games, and the text of its last finished step."""
-    config = run.config.extract
-    chain = _Chain(number, games_of_chain(run.config, run.workdir, round_number, number))
-    while chain.done < config.n_run:
-        file = run.workdir.knowledge_step(round_number, number, chain.done + 1)
+    chain = _Chain(number, games_of_chain(config, workdir, round_number, number))
+    while chain.done < config.extract.n_run:
+        file = workdir.knowledge_step(round_number, number, chain.done + 1)
         if not file.exists():
             break
         chain.text = read_json(file)["text"]
@@ -131,7 +138,7 @@ def _open_chain(run: Run, round_number: int, number: int) -> _Chain:
 
 
 def _request(
-    run: Run,
+    config: ml_collections.ConfigDict,
     extractor: LanguageModel,
     player: Tokenizer,
     round_number: int,
@@ -139,41 +146,43 @@ def _request(
     step: int,
 ) -> Request:
     """The extractor call of one step (spec 6.1 steps 3 to 5); `player` wrote the responses."""
-    config = run.config.extract
+    settings, thinking = config.extract, config.model.thinking
     game = chain.games[step - 1]
 
     def message(turns: list[tuple[str, str]]) -> str:
         return prompts.extraction_prompt(
-            prompts.extraction_history(turns, game.outcome or "", outcome_mode=config.outcome),
-            chain.text if config.previous else "",
-            version=config.version,
-            template=extraction_template(run.config),
+            prompts.extraction_history(turns, game.outcome or "", outcome_mode=settings.outcome),
+            chain.text if settings.previous else "",
+            version=settings.version,
+            template=extraction_template(config),
         )
 
-    if config.history_markers == "tokens":
+    if settings.history_markers == "tokens":
         text = with_markers(message, game, player, extractor.tokenizer)
     else:
         text = message(game.exchanges())
-    ids = extractor.tokenizer.chat(text, thinking=run.config.model.thinking)
-    key = run.chain_key(chain.number, "extractor", round_number, step)
-    return Request(ids, key, extractor_budget(run.config)[1], (chain, step))
+    ids = extractor.tokenizer.chat(text, thinking=thinking)
+    key = chain_key(config, chain.number, "extractor", round_number, step)
+    return Request(ids, key, extractor_budget(config)[1], (chain, step))
 
 
 def _absorb(
-    run: Run,
-    extractor: LanguageModel,
-    round_number: int,
-    chain: _Chain,
-    step: int,
+    config: ml_collections.ConfigDict,
+    tokenizer: Tokenizer,
+    file: Path,
     answer: Completion,
     opened: bool,
 ) -> None:
     """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9).
 
     `parsed` in the file is what was appended, without what `no_op` and `deduplicate` took away.
+
+    Args:
+      config: its section `extract`.
+      tokenizer: the extractor's.
     """
-    config = run.config.extract
-    response = extractor.tokenizer.decode(answer.ids)
+    chain, step = answer.tag
+    response = tokenizer.decode(answer.ids)
     stripped, finished = answers.split_thought(response, config.unfinished_thought, opened=opened)
     parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
     upkeep: dict[str, bool | int] = {}
@@ -187,14 +196,14 @@ def _absorb(
     chain.text = knowledge.truncate(
         text,
         config.l_max,
-        lambda piece: len(extractor.tokenizer.encode(piece)),
+        lambda piece: len(tokenizer.encode(piece)),
         config.version,
         keep=config.truncate,
         marker=config.item_marker,
     )
     chain.done = step
     write_json(
-        run.workdir.knowledge_step(round_number, chain.number, step),
+        file,
         {
             "chain": chain.number,
             "step": step,
@@ -204,23 +213,27 @@ def _absorb(
             "thought_finished": finished,
             "stopped": answer.stopped,
             "response_tokens": len(answer.ids) - answer.stopped,
-            "knowledge_tokens": len(extractor.tokenizer.encode(chain.text)),
+            "knowledge_tokens": len(tokenizer.encode(chain.text)),
         }
         | upkeep,
     )
 
 
-def _records(run: Run, round_number: int, step: int) -> list[dict]:
+def _records(workdir: Workdir, round_number: int, chains: int, step: int) -> list[dict]:
     """The saved step of all chains."""
-    return [
-        read_json(run.workdir.knowledge_step(round_number, chain, step))
-        for chain in range(run.config.extract.chains)
-    ]
+    return [read_json(workdir.knowledge_step(round_number, chain, step)) for chain in range(chains)]
 
 
-def _log(run: Run, round_number: int, steps: range) -> None:
+def _log(
+    metrics: Metrics | NoMetrics,
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    round_number: int,
+    steps: range,
+) -> None:
+    """Metrics of these steps. `config`: its section `extract`."""
     for step in steps:
-        records = _records(run, round_number, step)
+        records = _records(workdir, round_number, config.chains, step)
         count = len(records)
         values = {
             "knowledge_tokens": (sum(r["knowledge_tokens"] for r in records), count),
@@ -228,10 +241,10 @@ def _log(run: Run, round_number: int, steps: range) -> None:
             "unfinished_thoughts": (sum(not r["thought_finished"] for r in records), count),
             "nothing_parsed": (sum(_says_nothing(r) for r in records), count),
         }
-        for name in _upkeep(run):
+        for name in _upkeep(config):
             values[name] = (sum(r.get(name, 0) for r in records), count)
-        run.metrics.rewind("extract", round_number, step - 1)
-        run.metrics.scalars("extract", step, values, round=round_number)
+        metrics.rewind("extract", round_number, step - 1)
+        metrics.scalars("extract", step, values, round=round_number)
 
 
 _UPKEEP = {
@@ -245,22 +258,25 @@ def _says_nothing(record: dict) -> bool:
     return not (record["parsed"] or record.get("no_new") or record.get("duplicates"))
 
 
-def _upkeep(run: Run) -> list[str]:
-    """What is counted beside the rest: answers with nothing new, items left out as duplicates."""
-    config = run.config.extract
+def _upkeep(config: ml_collections.ConfigDict) -> list[str]:
+    """What else is counted: answers with nothing new, items left out as duplicates."""
     counted = {"no_new": config.no_op, "duplicates": config.deduplicate}
     return [name for name, wanted in counted.items() if wanted]
 
 
-def _finish(run: Run, round_number: int) -> None:
+def _finish(
+    metrics: Metrics | NoMetrics,
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    round_number: int,
+) -> None:
     """Write the pool of texts after n steps and print a short overview."""
-    config, workdir = run.config.extract, run.workdir
-    used = _records(run, round_number, config.n)
+    used = _records(workdir, round_number, config.chains, config.n)
     texts = [record["text"] for record in used]
     pool = workdir.knowledge(round_number)
     write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
     calls = unfinished = 0
-    left_out = dict.fromkeys(_upkeep(run), 0)
+    left_out = dict.fromkeys(_upkeep(config), 0)
     print(f"knowledge after {config.n} games, newest line of each chain:")
     for record in used:
         chain = record["chain"]
@@ -277,7 +293,7 @@ def _finish(run: Run, round_number: int) -> None:
         size = f"{len(lines)} line(s), {record['knowledge_tokens']} token(s)"
         print(f"  chain {chain}: {size}: {printable(newest[:72])}")
         name = f"knowledge/chain_{chain:02d}"
-        run.metrics.text(name, config.n, record["text"], "extract", round_number)
+        metrics.text(name, config.n, record["text"], "extract", round_number)
     if unfinished:
         what = "dropped" if config.unfinished_thought == "drop" else "kept as knowledge"
         print(

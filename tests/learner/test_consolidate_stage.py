@@ -14,7 +14,7 @@ from tiny_run import contents, copy_of, go, opened, tiny_config
 from oel_jax.chat.render import render
 from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import decision_points
-from oel_jax.data.trajectory_files import read
+from oel_jax.data.trajectory_files import TrajectoryStore, read
 from oel_jax.distill.reference import divergence
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
@@ -80,6 +80,45 @@ def test_the_remainder_can_be_dropped_as_the_released_code_does(finished_run, tm
     expected = [point.prompt_ids for point in decision_points(games)]
     kept = len(expected) - len(expected) % 4
     assert [tuple(sample.prompt) for sample in samples[0]] == expected[:kept]
+
+
+@pytest.mark.parametrize("sizes", [(12,), (1, 5, 6)])
+def test_a_step_does_not_depend_on_the_files_of_the_store(finished_run, tmp_path, samples, sizes):
+    """The same games in other files: every step trains on the same."""
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    store = TrajectoryStore(work / "round_001" / "trajectories")
+    lines = [line for path in store.files("deploy") for line in path.read_bytes().splitlines(True)]
+    for path in store.files("deploy"):
+        path.unlink()
+    for number, size in enumerate(sizes):
+        store.path("deploy", number).write_bytes(b"".join(lines[:size]))
+        del lines[:size]
+    with opened(work, tiny_config()) as run:
+        module.consolidate(run, 1)
+    name = "round_001/policy/model.safetensors"
+    assert contents(work, name) == contents(finished_run, name) and not lines
+
+
+def test_games_that_are_missing_are_named(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    place = work / "round_001" / "trajectories"
+    (place / "deploy_0002.jsonl").unlink()
+    with opened(work, tiny_config()) as run, pytest.raises(UserError) as caught:
+        module.consolidate(run, 1)
+    message = f"{place} holds 8 trajectories for 'deploy', and numbers 9 to 12 are needed"
+    assert message in str(caught.value)
+
+
+def test_trajectories_of_somebody_else_s_model_are_not_trained_on(finished_run, tmp_path):
+    work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
+    path = work / "round_001" / "trajectories" / "deploy_0000.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for turn in lines[1]["turns"]:
+        del turn["prompt_ids"], turn["response_ids"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with opened(work, tiny_config()) as run, pytest.raises(UserError, match="has no ids") as caught:
+        module.consolidate(run, 1)
+    assert f"{path}: Trajectory(frozen_lake seed {lines[1]['seed']}" in str(caught.value)
 
 
 NOTHING = dict(consolidate__drop_remainder=1000, log__tensorboard=True)
