@@ -22,7 +22,7 @@ from oel_jax.config import negative_control
 from oel_jax.data.trajectories import Trajectory, Turn
 from oel_jax.data.trajectory_files import TrajectoryStore, read
 from oel_jax.data.trajectory_schema import decode, encode
-from oel_jax.learner.contexts import contexts_of_round, drawn_texts
+from oel_jax.learner.contexts import contexts_of_round, draw_texts
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.runs.metrics import table
@@ -118,7 +118,7 @@ def demonstrate(run: Run, round_number: int) -> list[Path]:
     game = negative_control.played_game(config, "demonstrate")
     files = []
     for number, seeds in enumerate(training_seeds(config, round_number)):
-        drawn = drawn_texts(round_number, number + 1, len(seeds), len(contexts))
+        drawn = draw_texts(round_number, number + 1, len(seeds), len(contexts))
         jobs = [
             Job(seed, ("demonstrate", round_number), contexts[index], game=game)
             for seed, index in zip(seeds, drawn, strict=True)

@@ -43,9 +43,9 @@ from oel_jax.learner.memory import Accumulator, used
 from oel_jax.learner.rollouts import (
     Step,
     common_beginning,
-    demonstrated,
+    demonstrator_samples,
     episodes_of_step,
-    on_policy,
+    student_samples,
 )
 from oel_jax.learner.selection import moved, selected
 from oel_jax.learner.teacher import Teacher, cache_bytes
@@ -372,7 +372,7 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
         this.progress.say("the student answers")
         # Nothing here holds on to these weights: in bfloat16 they are a copy that has to go.
         episodes = episodes_of_step(run.config, this.store, "deploy", number)
-        samples, stopped = on_policy(
+        samples, stopped = student_samples(
             run.config,
             Step(this.number, number),
             episodes,
@@ -384,7 +384,9 @@ def _step(this: _Round, student: _Student) -> dict[str, float]:
         teacher.model.params = to_device(teacher.model.params)
     else:
         episodes = episodes_of_step(run.config, this.store, "demonstrate", number)
-        samples, stopped = demonstrated(run.config, Step(this.number, number), episodes, teacher)
+        samples, stopped = demonstrator_samples(
+            run.config, Step(this.number, number), episodes, teacher
+        )
     rolled_out = time.monotonic()
     made, values = samples, {}
     if samples and (settings.turn_fraction < 1 or settings.turn_floor > 0):

@@ -237,7 +237,7 @@ def contexts_of_round(
 _KINDS = {"knowledge": "knowledge", "raw": "raw", "none": "none", "own_game": "none"}
 
 
-def drawn_texts(round_number: int, step: int, count: int, texts: int) -> list[int]:
-    """Which text each of `count` prefixes (or demonstrated games) of a step gets (spec 8.1)."""
+def draw_texts(round_number: int, step: int, count: int, texts: int) -> list[int]:
+    """Number of the text that each of `count` decision points (or games) gets (spec 8.1)."""
     rng = random.Random(step + 1000 * round_number)
     return [rng.choice(range(texts)) for _ in range(count)]

@@ -1,7 +1,7 @@
 """The answers a consolidation step learns from: the student's own, or a demonstrator's.
 
-`on_policy` is the method (spec 8.1): the student answers at all decision points of a step without a
-context. `demonstrated` is the off-policy baseline (spec 10.2): P_r has already played with a
+`student_samples` is the method (spec 8.1): the student answers at all decision points of a step without a
+context. `demonstrator_samples` is the off-policy baseline (spec 10.2): P_r has already played with a
 context, and those answers are read from the store. Either way the teacher reads the same answers
 after its own prompt, which has the context that was drawn. Nothing here touches a game.
 """
@@ -17,7 +17,7 @@ from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
 from oel_jax.data.trajectory_files import Stored, TrajectoryStore
 from oel_jax.distill.packing import Sample
 from oel_jax.errors import UserError
-from oel_jax.learner.contexts import drawn_texts, own_contexts
+from oel_jax.learner.contexts import draw_texts, own_contexts
 from oel_jax.learner.teacher import Teacher
 from oel_jax.machine import preemption
 from oel_jax.models.language_model import LanguageModel
@@ -50,7 +50,7 @@ def episodes_of_step(
 def common_beginning(points: Sequence[DecisionPoint]) -> tuple[int, ...]:
     """Ids that the prompts of the first step begin with: read once a step for all rollouts.
 
-    () if they are too few to matter, or if some points have no ids, which `on_policy` refuses.
+    () if they are too few to matter, or if some points have no ids, which `student_samples` refuses.
     """
     if any(point.prompt_ids is None for point in points):
         return ()
@@ -58,7 +58,7 @@ def common_beginning(points: Sequence[DecisionPoint]) -> tuple[int, ...]:
     return ids if len(ids) >= SHARED_FROM else ()
 
 
-def on_policy(
+def student_samples(
     config: ml_collections.ConfigDict,
     step: Step,
     episodes: Sequence[Stored],
@@ -69,14 +69,14 @@ def on_policy(
 ) -> tuple[list[Sample], int]:
     """The student's answers at all decision points; and how many stopped by themselves.
 
-    There may be none, see `_kept`.
+    There may be none, see `_drop_remainder`.
 
     Args:
       weights: the student's, as the sampler reads them.
       beginning: `common_beginning` of the first step.
     """
     games = [stored.trajectory for stored in episodes]
-    points = _kept(config, decision_points(games))
+    points = _drop_remainder(config, decision_points(games))
     if not points:
         return [], 0
     _check_ids(episodes, points, teacher.model)
@@ -91,7 +91,7 @@ def on_policy(
     ]
     sampler.forget()  # the weights have changed
     answers = _all_answers(_own_answers(sampler, weights, processes.share(requests)))
-    drawn = drawn_texts(step.round, step.number, len(points), len(teacher.contexts))
+    drawn = draw_texts(step.round, step.number, len(points), len(teacher.contexts))
     own = own_contexts(config, games, teacher.model.tokenizer)
     samples = []
     for point, number, answer in zip(points, drawn, answers, strict=True):
@@ -110,7 +110,9 @@ def on_policy(
     return samples, sum(answer.stopped for answer in answers)
 
 
-def _kept(config: ml_collections.ConfigDict, points: list[DecisionPoint]) -> list[DecisionPoint]:
+def _drop_remainder(
+    config: ml_collections.ConfigDict, points: list[DecisionPoint]
+) -> list[DecisionPoint]:
     """A step's points without the last N mod `drop_remainder`: nothing, where there are fewer."""
     return points[: len(points) - len(points) % max(config.consolidate.drop_remainder, 1)]
 
@@ -143,7 +145,7 @@ def _all_answers(mine: Sequence[Completion] | None) -> list[Completion]:
     ]
 
 
-def demonstrated(
+def demonstrator_samples(
     config: ml_collections.ConfigDict, step: Step, episodes: Sequence[Stored], teacher: Teacher
 ) -> tuple[list[Sample], int]:
     """What P_r answered with a context, as answers to the prompts without it.
@@ -159,9 +161,9 @@ def demonstrated(
         for point in decision_points(games)
         if games[point.episode].turns[point.turn].response_ids
     ]
-    points = _kept(config, answered)
+    points = _drop_remainder(config, answered)
     _check_ids(episodes, points, teacher.model)
-    drawn = drawn_texts(step.round, step.number, len(games), len(teacher.contexts))
+    drawn = draw_texts(step.round, step.number, len(games), len(teacher.contexts))
     tokenizer, thinking = teacher.model.tokenizer, config.model.thinking
     samples, stopped = [], 0
     for point in points:

@@ -409,7 +409,7 @@ def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypat
 
     work = copy_of(finished_run, tmp_path / "run", "extract", "consolidate", "evaluate")
     stage = importlib.import_module("oel_jax.learner.consolidate")
-    made, teachers, roll = [], [], stage.on_policy
+    made, teachers, roll = [], [], stage.student_samples
 
     def recording(*arguments):
         samples, stopped = roll(*arguments)
@@ -417,7 +417,7 @@ def test_each_prefix_is_read_with_its_own_game(finished_run, tmp_path, monkeypat
         teachers.append(arguments[4])
         return samples, stopped
 
-    monkeypatch.setattr(stage, "on_policy", recording)
+    monkeypatch.setattr(stage, "student_samples", recording)
     config = config_of(
         extract__experience="own_game",
         extract__l_max=1200,

@@ -47,7 +47,7 @@ def plain(finished_run, tmp_path_factory):
 @pytest.fixture
 def kinds(monkeypatch):
     """Memory kinds of (moments, masters, teacher) at the start of each step's rollouts."""
-    seen, rollouts = [], module.on_policy
+    seen, rollouts = [], module.student_samples
     current = {}
     step = module._step
 
@@ -55,15 +55,15 @@ def kinds(monkeypatch):
         current["student"] = student
         return step(this, student)
 
-    def watched(run, round_number, number, weights, teacher, *rest):
+    def watched(config, number, episodes, weights, teacher, *rest):
         trees = (current["student"].state, current["student"].params, teacher.model.params)
         kind = [{leaf.sharding.memory_kind for leaf in jax.tree.leaves(t)} for t in trees]
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(weights)} == {"device"}
         seen.append([one.pop() if len(one) == 1 else one for one in kind])
-        return rollouts(run, round_number, number, weights, teacher, *rest)
+        return rollouts(config, number, episodes, weights, teacher, *rest)
 
     monkeypatch.setattr(module, "_step", watched_step)
-    monkeypatch.setattr(module, "on_policy", watched)
+    monkeypatch.setattr(module, "student_samples", watched)
     return seen
 
 
