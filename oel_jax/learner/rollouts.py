@@ -1,9 +1,10 @@
 """The answers a consolidation step learns from: the student's own, or a demonstrator's.
 
-`student_samples` is the method (spec 8.1): the student answers at all decision points of a step without a
-context. `demonstrator_samples` is the off-policy baseline (spec 10.2): P_r has already played with a
-context, and those answers are read from the store. Either way the teacher reads the same answers
-after its own prompt, which has the context that was drawn. Nothing here touches a game.
+`student_samples` is the method (spec 8.1): the student answers at all decision points of a step
+without a context. `demonstrator_samples` is the off-policy baseline (spec 10.2): P_r has already
+played with a context, and those answers are read from the store. Either way the teacher reads the
+same answers after its own prompt, which has the context that was drawn. Nothing here touches a
+game.
 """
 
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def episodes_of_step(
 def common_beginning(points: Sequence[DecisionPoint]) -> tuple[int, ...]:
     """Ids that the prompts of the first step begin with: read once a step for all rollouts.
 
-    () if they are too few to matter, or if some points have no ids, which `student_samples` refuses.
+    () if they are too few to matter, or if some points have no ids: `student_samples` refuses them.
     """
     if any(point.prompt_ids is None for point in points):
         return ()
