@@ -1,9 +1,9 @@
 """How good a policy is at the game: pass rate with an interval, response length, floor and ceiling.
 
-Each held-out board is played once per evaluation seed with a key of its own. The interval clusters
+Each held-out board is played once per evaluation seed with its own key. The interval clusters
 by board, since Frozen Lake's 128 maps are only 19 boards (spec 3.3 and 9.1). A second rate covers
-the boards that no deploy game of any round so far has shown. A few games are
-kept word by word, for the report page.
+the boards that no deploy game of any round so far has shown. A few games are kept word by word, for
+the report page.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def evaluate(
       name: what is evaluated; together with the round it separates the random streams.
       texts: knowledge in context; seed i plays with text i mod K. Empty: without knowledge.
 
-    Finished games are kept beside the result while it runs, so nothing is played twice.
+    Finished games are kept next to the result while it runs, so nothing is played twice.
     """
     if processes.from_first(file.exists() and samples_of(file).exists()):
         return processes.json_from_first(file)
@@ -71,7 +71,7 @@ def evaluate(
             chain=index,
             tag=(index, column),
         )
-        for first in range(0, config.seeds, lanes)  # as many texts side by side as are shared
+        for first in range(0, config.seeds, lanes)  # as many texts at once as the sampler shares
         for column in range(config.maps)
         for index in range(first, min(first + lanes, config.seeds))
     ]

@@ -3,7 +3,7 @@
 P_r plays some boards without knowledge, and the same boards with each of the K texts in its prompt.
 Consolidation draws the texts with equal chances and trains the student towards what the model does
 with them (paper Eq. 2), so their mean gain in context is what there is to be learned. How much of
-it is learned is another matter: `gains` puts both side by side. The paper does not ask; a text that
+it is learned is another matter: `gains` compares both. The paper does not ask; a text that
 misleads in context would be trained into the weights all the same.
 
 The gain is made of wins and losses, which the method itself never reads. It changes nothing that is
@@ -44,7 +44,7 @@ def preflight(run: Run, round_number: int) -> list[Path]:
     """Play with and without each text and write preflight.json; returns the file.
 
     Rates and gains are fractions; intervals cover 95 % and are clustered by board. They are about
-    these K texts, not about others that might have been extracted. Finished games are kept beside
+    these K texts, not about others that might have been extracted. Finished games are kept next to
     the file while it runs, so nothing is played twice.
 
     Raises:
@@ -145,7 +145,7 @@ def _games(
     lanes = lane_count(fsdp, sum(map(bool, texts)), slots)
     jobs = [
         Job(seed, ("preflight", round_number), contexts[index], chain=0, tag=(index, column))
-        for first in range(0, len(texts), lanes)  # as many texts side by side as are shared
+        for first in range(0, len(texts), lanes)  # as many texts at once as the sampler shares
         for column, seed in enumerate(seeds)
         for index in range(first, min(first + lanes, len(texts)))
     ]
@@ -249,7 +249,7 @@ def _log(metrics: Metrics | NoMetrics, round_number: int, result: dict[str, Any]
 
 
 def _table(round_number: int, result: dict[str, Any]) -> str:
-    """What the console shows: each text beside none, and the mean gain."""
+    """What the console shows: each text compared with none, and the mean gain."""
     without = result["without"]
     rows = [["without knowledge", f"{without['pass_rate']:.1%}", "", _length(without)]]
     for text in result["texts"]:

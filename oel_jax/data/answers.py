@@ -49,8 +49,8 @@ def answer_of(response: str, *, opened: bool) -> str:
         response: the decoded response.
         opened: the prompt ends inside a thought.
     """
-    said, _ = split_thought(response, opened=opened)
-    return response if said == response else (said or "").lstrip()
+    answer, _ = split_thought(response, opened=opened)
+    return response if answer == response else (answer or "").lstrip()
 
 
 def whole(response: str) -> str:

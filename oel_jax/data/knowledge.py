@@ -4,7 +4,7 @@ A knowledge text is plain text. Template versions differ in what an item is (spe
 
     v4, v1   a line that begins with the marker `- EXPERIENCE ITEM:`
     v2       a line that begins with `- `
-    v3, v5   no items: the whole answer counts, and in truncation every line stands for itself
+    v3, v5   no items: the whole answer counts, and in truncation every line is one item
 
 Lines end at "\\n" and nowhere else: other Unicode line separators are part of a line.
 Nothing here imports JAX; token counts come in as a function.
@@ -37,7 +37,7 @@ def _starts_item(line: str, version: str, marker: str) -> bool:
 def parse(text: str, version: str, marker: str = MARKER) -> str:
     """The knowledge in an answer (spec 6.2); '' when there is none.
 
-    v4: every line that holds the marker is split at it; what stands before the first marker is
+    v4: every line that holds the marker is split at it; what comes before the first marker is
     lost, each non-blank rest becomes an item, and continuation lines are lost. v3: the stripped
     text.
 
@@ -58,15 +58,15 @@ def parse(text: str, version: str, marker: str = MARKER) -> str:
 
 def _content(line: str, marker: str) -> str:
     """What an item says, up to case, white space and a final full stop."""
-    said = " ".join(line.strip().removeprefix(marker).split())
-    return said.casefold().removesuffix(".").rstrip()
+    words = " ".join(line.strip().removeprefix(marker).split())
+    return words.casefold().removesuffix(".").rstrip()
 
 
 def without_no_op(answer: str, parsed: str, marker: str = MARKER) -> tuple[str, bool]:
     """Leave out the items that say `NO_OP` and nothing else (`extract.no_op`).
 
     Args:
-        answer: the whole answer behind its thought. Structured versions find no item in an answer
+        answer: the whole answer after its thought. Structured versions find no item in an answer
             that consists of `NO_OP` alone.
         parsed: what `parse` found in it; each of its lines is an item.
 

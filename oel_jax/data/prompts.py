@@ -222,7 +222,7 @@ def check_template(template: str, where: str = "extract.template_file") -> str:
 
 
 def load_template(path: str | Path) -> str:
-    """Read an extraction template of one's own (config `extract.template_file`).
+    """Read the user's extraction template (config `extract.template_file`).
 
     Raises UserError when the file is missing, is not UTF-8 or lacks a placeholder.
     """
@@ -250,7 +250,7 @@ def extraction_prompt(
         history: what the knowledge is to be drawn from (`extraction_history`, `math_history`).
         previous: knowledge so far; '' where there is none or the recipe does not show it.
         version: 'v3' (unstructured) or 'v4' (items); picks the template.
-        template: a template of one's own instead, with both placeholders.
+        template: the user's template instead, with both placeholders.
         domain: 'game' or 'math'.
 
     Raises UserError for an unknown version or domain, or a template without its placeholders.

@@ -189,7 +189,7 @@ def texts_of_round(
     """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
 
     With `extract.experience='none'` all of them are empty, as the config asks; with 'own_game' one
-    empty text stands for them.
+    empty text takes their place.
 
     Raises:
       UserError: all are empty against the config's wish, so there is nothing to learn.

@@ -6,7 +6,7 @@ if configured, the chain's knowledge so far), and what it writes is appended:
     e'_i ~ pi_extract(. | tau_i, e_{i-1})        e_i = [e_{i-1}; e'_i]
 
 Where the extractor does not see previous knowledge, all calls are independent and several steps
-are generated as one batch. The text after every step is a file of its own.
+are generated as one batch. The text after every step has its own file.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ class KnowledgePrefix:
     """The encoded beginning of every teacher prompt that carries one knowledge text.
 
     Attributes:
-      ids: the tokens it stands for. It is cut at a token, not at a string boundary: whatever BPE
+      ids: its tokens. It is cut at a token, not at a string boundary: whatever BPE
         does where the knowledge ends, `ids` begins every prompt it was made from.
       cache: their keys and values, [L, K, P, H]; P may exceed len(ids), the rest is never seen.
     """
@@ -52,7 +52,7 @@ class Teacher:
         return list(self._prefixes.values())
 
     def prompt(self, number: int, dialogue: Dialogue, own: Context | None = None) -> list[int]:
-        """Prompt ids of a dialogue with shared context `number`, or with a context of its own."""
+        """Prompt ids of a dialogue with shared context `number`, or with its own context."""
         context = self.contexts[number] if own is None else own
         return render(self.model.tokenizer, dialogue, context, thinking=self._thinking)
 
