@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oel_jax.config.checks import validate
 from oel_jax.config.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
-from oel_jax.config.defaults import default, validate
+from oel_jax.config.defaults import default
 from oel_jax.distill.reference import exact
 from oel_jax.distill.topk_kl import KLConfig, fused_topk_kl
 from oel_jax.errors import UserError
@@ -121,7 +122,7 @@ def table() -> list[dict]:
     done: dict[KLConfig, Mapping[str, Errors]] = {}
     found = []
     kinds = [kind for kind in DIVERGENCES if kind != "nll"]  # 'nll' is what 'sft' means
-    combinations = [("", "", "none"), *itertools.product(kinds, SUPPORTS, CORRECTIONS)]
+    combinations = [(None, None, "none"), *itertools.product(kinds, SUPPORTS, CORRECTIONS)]
     for mode, how in itertools.product(MODES, combinations):
         config = default()
         config.consolidate.mode = mode
@@ -151,7 +152,9 @@ def main() -> None:
     records = table()
     rows = []
     for record in records:
-        fields = [record[name] or "''" for name in ("mode", "divergence", "support", "correction")]
+        fields = [
+            record[name] or "None" for name in ("mode", "divergence", "support", "correction")
+        ]
         if "refused" in record:
             rows.append([*fields, "refused", "-", "-"])
         else:

@@ -11,13 +11,12 @@ teacher and AdamW need 27.5 GB.
 
 import ml_collections
 
-from oel_jax.config import defaults as oel_config
-from oel_jax.config.presets import apply_preset
+from oel_jax.config import apply_preset, default
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     """The recipe; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
-    c = oel_config.default()
+    c = default()
     c.rounds = 2  # released scripts; Fig. 5 of the paper shows a third
     c.model.path = "Qwen/Qwen3-1.7B"
     c.model.thinking = True

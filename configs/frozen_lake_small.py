@@ -14,13 +14,12 @@ Floor: random actions 1.69 %; ceiling: perfect play 100 %.
 
 import ml_collections
 
-from oel_jax.config import defaults as oel_config
-from oel_jax.config.presets import apply_preset
+from oel_jax.config import apply_preset, default
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     """The recipe; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
-    c = oel_config.default()
+    c = default()
     c.rounds = 1
     c.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     c.model.dtype = "float32"  # on a GPU 'bfloat16' is faster

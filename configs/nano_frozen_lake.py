@@ -14,13 +14,12 @@ Run time: about 5 minutes on one CPU core, 4 GB of memory, after installation.
 
 import ml_collections
 
-from oel_jax.config import defaults as oel_config
-from oel_jax.config.presets import apply_preset
+from oel_jax.config import apply_preset, default
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     """The run's config; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
-    c = oel_config.default()
+    c = default()
     c.rounds = 3
 
     c.model.path = "nano"

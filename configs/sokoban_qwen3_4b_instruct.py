@@ -12,13 +12,12 @@ evaluation. Weights, teacher and AdamW need 64.3 GB; the KV of ten knowledge tex
 
 import ml_collections
 
-from oel_jax.config import defaults as oel_config
-from oel_jax.config.presets import apply_preset
+from oel_jax.config import apply_preset, default
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     """The recipe; `preset` ('paper', 'released') follows a colon: FILE.py:paper."""
-    c = oel_config.default()
+    c = default()
     c.rounds = 3
     c.model.path = "Qwen/Qwen3-4B-Instruct-2507"
     c.model.thinking = False

@@ -14,7 +14,6 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from oel_jax.machine import preemption
@@ -22,18 +21,22 @@ from oel_jax.machine import preemption
 if __name__ == "__main__":
     preemption.listen()  # before what takes time to import: a notice may come at once
 
+import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from oel_jax.config.file import check_config, existing, explain
+from oel_jax.config.command_line import read_overrides, split_overrides
+from oel_jax.config.defaults import with_fields
+from oel_jax.config.file import load_config
+from oel_jax.config.page import print_config
 from oel_jax.errors import UserError
 from oel_jax.machine import paths
 from oel_jax.runs.stages import NAMES
 
 _FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", help_string="A python file in configs/.")
+flags.DEFINE_string("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE sets a field.")
 flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
 flags.DEFINE_string("game_module", None, "Python file with a game of your own.")
+flags.DEFINE_bool("print_config", False, "Print the whole config and run nothing.")
 flags.DEFINE_list("stages", list(NAMES), "Stages to do, in any subset.")
 flags.DEFINE_bool(
     "allow_config_change", False, "Go on in an old workdir although the config has changed."
@@ -46,7 +49,7 @@ flags.DEFINE_integer(
 )
 
 
-def _run_together() -> None:
+def _run_together(config: ml_collections.ConfigDict) -> None:
     """Meet the other processes, if there are any; run; stop with them."""
     from oel_jax.parallel import processes
     from oel_jax.parallel.mesh import all_devices
@@ -57,18 +60,16 @@ def _run_together() -> None:
     preemption.listen()  # again: JAX takes SIGTERM for itself when processes meet
     all_devices()  # a driver that does not work is named before anything asks for it
     processes.quiet()
-    if f.game_module:
-        f.config.game.module = f.game_module
     others = processes.StopTogether(paths.local(f.workdir, "--workdir"))
     preemption.tell_others(others.pass_on, others.tell)
     try:
         from oel_jax.loop import run
 
         run(
-            f.config,
+            config,
             f.workdir,
             [stage.strip() for stage in f.stages if stage.strip()],
-            name=Path(f["config"].config_filename).name,
+            name=Path(f.config.partition(":")[0]).name,
             allow_config_change=f.allow_config_change,
         )
     except BaseException as error:
@@ -89,65 +90,23 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     return "".join(traceback.format_exception(error)), 1
 
 
-def _check_arguments(argv: Sequence[str]) -> str:
-    """What absl would answer with a traceback: no such config file, no such config field.
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with one message and exit status 2 for every mistake.
 
     Returns:
-      the config file, '' if none is given.
+      the program's name, and what is said about config fields.
     """
-    from oel_jax.config.defaults import check_field
-
-    config_file = ""
-    for argument, following in pairwise([*argv[1:], ""]):
-        flag, equals, value = argument.partition("=")
-        flag = flag.lstrip("-")
-        if not argument.startswith("-"):
-            continue
-        if flag == "config":
-            config_file = existing(value if equals else following)[0]
-        elif flag.removeprefix("no").startswith("config."):
-            path = flag.removeprefix("no").removeprefix("config.")
-            check_field(path)
-            _check_number(path, value if equals else following)
-    return config_file
-
-
-def _check_number(path: str, text: str) -> None:
-    """Where absl's parser would speak of invalid literals and bases."""
-    from oel_jax.config.defaults import refuse
-    from oel_jax.config.rules import rules
-
-    must = rules()[path](None) or ""
-    kind = int if must.startswith("an integer") else float if must.startswith("a number") else str
     try:
-        kind(text)
-    except ValueError:
-        refuse(path, text, must)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with one message and exit status 2 for every mistake."""
-    file = ""
-    logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is said below
-    try:
-        file = _check_arguments(argv)
-        rest = _FLAGS(argv)
-        if file:
-            check_config(file, _FLAGS.config)
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is no flag; config fields are set by --config.NAME=VALUE")
-        return rest
+        overrides, rest = split_overrides(argv[1:])
+        left = _FLAGS([argv[0], *rest])
+        if len(left) > 1:
+            raise UserError(f"{left[1]!r} is no flag; config fields are set by --config.NAME=VALUE")
+        return [argv[0], *overrides]
     except UserError as error:
         _fail(error)
     except flags.Error as error:
-        # A ValueError of the config file arrives as one of these.
-        inside = file and error.__context__ and str(error).startswith("flag --config=")
         words = re.sub(r"invalid literal for int\(\).*", "it must be an integer", str(error))
-        _fail(explain(file, error.__context__) if inside else UserError(words))
-    except Exception as error:
-        if not file:
-            raise
-        _fail(explain(file, error))
+        _fail(UserError(words))
 
 
 def _fail(error: BaseException) -> None:
@@ -155,17 +114,31 @@ def _fail(error: BaseException) -> None:
     sys.exit(getattr(error, "status", UserError.status))
 
 
-def main(_: list[str]) -> None:
+def _config(overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of the command line."""
+    changes = read_overrides(overrides)
+    if _FLAGS.game_module:
+        changes["game.module"] = _FLAGS.game_module
+    return with_fields(load_config(_FLAGS.config), changes)
+
+
+def main(arguments: list[str]) -> None:
     """Run, and turn what a user can mend into one message and an exit status."""
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX report every file they touch
     try:
-        if _FLAGS.config is None or not _FLAGS.workdir:
+        if not _FLAGS.config or not (_FLAGS.workdir or _FLAGS.print_config):
             raise UserError(
                 "give --config=FILE and --workdir=DIR, for example\n"
                 "  python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano"
             )
+        config = _config(arguments[1:])
+        if _FLAGS.print_config:
+            from oel_jax import environments
+
+            print_config(config, environments.known(config.game))
+            return
         paths.local(_FLAGS.workdir, "--workdir")  # before processes meet
-        _run_together()
+        _run_together(config)
     except UserError as error:
         _fail(error)
     except preemption.Preempted as error:

@@ -31,7 +31,7 @@ Run time: 26 minutes for one seed of all variants, about 7 for each further one 
 
 from pathlib import Path
 
-from oel_jax.config.presets import apply_preset
+from oel_jax.config import apply_preset
 from oel_jax.study.command import Expectation, Measure, Plot, Study, Variant, load_config
 
 PRESETS = ("nano", "qwen3_1p7b")

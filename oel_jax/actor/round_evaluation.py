@@ -8,7 +8,8 @@ from typing import Any
 
 from oel_jax.actor.evaluate import evaluate
 from oel_jax.config import negative_control
-from oel_jax.config.defaults import as_json, leaves
+from oel_jax.config.defaults import as_json
+from oel_jax.config.fields import leaves
 from oel_jax.files import read_json
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes

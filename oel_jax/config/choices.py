@@ -24,7 +24,7 @@ class Loss(NamedTuple):
 
 
 def chosen_loss(config: Any) -> Loss:
-    """The loss that a config asks for: where a field is '', that of `consolidate.mode`."""
+    """The loss that a config asks for: where a field is None, that of `consolidate.mode`."""
     divergence, support = _OF_MODE[config.consolidate.mode]
     chosen = config.loss
     return Loss(chosen.divergence or divergence, chosen.support or support, chosen.correction)
@@ -34,7 +34,7 @@ def unused(config: Any) -> str | None:
     """A field of `config.loss` that was set and that the mode has no use for."""
     if config.consolidate.mode != "sft":
         return None
-    none = {"divergence": "", "support": "", "correction": "none"}
+    none = {"divergence": None, "support": None, "correction": "none"}
     return next((name for name, value in none.items() if config.loss[name] != value), None)
 
 

@@ -6,13 +6,10 @@ Whatever goes wrong inside a user's file becomes one message that ends with the 
 Imports no JAX.
 """
 
-import ast
 import importlib.util
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import ml_collections
 
@@ -65,7 +62,7 @@ def _not_a_config(file: str | Path, config: object) -> UserError:
     returned = "nothing" if config is None else f"a {type(config).__name__}"
     return UserError(
         f"{file}: get_config returned {returned}; it must return a ConfigDict: start from "
-        "oel_jax.config.defaults.default(), change fields, and `return` it"
+        "oel_jax.config.default(), change fields, and `return` it"
     )
 
 
@@ -118,18 +115,3 @@ def _words(error: BaseException) -> str:
     if text[:1] in ("'", '"') and text[:1] == text[-1:]:  # of a KeyError
         text = text[1:-1]
     return text.replace("\\'", "'").replace("\\n", ". ").replace("\n", ". ")
-
-
-def config_changes(arguments: Sequence[str]) -> dict[str, Any]:
-    """'--config.rounds=2' and the like; a value that is no Python literal is a text."""
-    changes: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not name.startswith("--config.") or not equals:
-            raise UserError(f"{argument!r} is no flag; fields are set by --config.FIELD=VALUE")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = {"true": True, "false": False}.get(text.lower(), text)
-        changes[name.removeprefix("--config.")] = value
-    return changes

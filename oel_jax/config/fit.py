@@ -4,7 +4,8 @@ from typing import Any
 
 import ml_collections
 
-from oel_jax.config.defaults import extractor_budget, has_extractor, play_budget, refuse
+from oel_jax.config.budgets import extractor_budget, has_extractor, play_budget
+from oel_jax.config.fields import refuse
 from oel_jax.errors import UserError
 
 

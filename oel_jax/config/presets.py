@@ -26,7 +26,7 @@ ROWS: tuple[tuple[int, str, Any, Any], ...] = (
     (4, "extract.trajectories", "shared", "per_chain"),
     (5, "extract.outcome", "none", "full"),
     (6, "extract.item_marker", "-- EXPERIENCE ITEM:", knowledge.MARKER),
-    (7, "extract.template_file", "paper", ""),
+    (7, "extract.template_file", "paper", None),
     (8, "extract.unfinished_thought", "drop", "keep"),
     (9, "extract.truncate", "head", "tail"),
     (10, "evaluate.unseen_split", False, False),

@@ -57,8 +57,8 @@ class Lora:
         """From `config.lora`; None where all weights are trained."""
         if not section.rank:
             return None
-        asked = section.targets.split(",")
-        return cls(section.rank, section.alpha, tuple(t for t in ADAPTABLE if t in asked))
+        asked = tuple(target for target in ADAPTABLE if target in section.targets)
+        return cls(section.rank, section.alpha, asked)
 
 
 # --- the adapter's tree: {target: {"a": [L, *input, R], "b": [L, R, *output]}} --------------------

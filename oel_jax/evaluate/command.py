@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import ml_collections
 
-from oel_jax.config.defaults import default, leaves
-from oel_jax.config.rules import rules
+from oel_jax.config.defaults import default
+from oel_jax.config.fields import FIELDS, leaves
+from oel_jax.config.old_values import saved_config
 from oel_jax.errors import UserError
 from oel_jax.evaluate import require_lm_eval
 from oel_jax.export.command import policy_directory
@@ -126,14 +127,11 @@ def _run_config(workdir: Path) -> tuple[dict[str, Any], ml_collections.ConfigDic
             f"--workdir={workdir} holds no run ({file.name} is missing); give the --workdir of "
             "`python -m oel_jax.main`"
         )
-    stored = read_json(file)
-    if not isinstance(stored, dict):
-        raise UserError(f"{file} is not a config; restore it")
-    config, table_of_rules = default(), rules()
+    stored, config = saved_config(file), default()
     for path, value in leaves({name: stored[name] for name in _USED if name in stored}).items():
-        if path not in table_of_rules:
+        if path not in FIELDS:
             continue
-        must = table_of_rules[path](value)
+        must = FIELDS[path].rule(value)
         if must:
             raise UserError(f"{file}: config.{path} is {value!r}; it must be {must}")
         config.update_from_flattened_dict({path: value})

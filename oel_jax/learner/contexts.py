@@ -19,6 +19,7 @@ import ml_collections
 
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config import negative_control
+from oel_jax.config.old_values import saved_config
 from oel_jax.data import knowledge, prompts
 from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import Trajectory
@@ -153,7 +154,7 @@ def copy_of_another_run(
 
 
 def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None) -> None:
-    """Refuse an `extract.knowledge_from` that cannot serve; nothing is checked if it is ''.
+    """Refuse an `extract.knowledge_from` that cannot serve; nothing is checked if it is None.
 
     Args:
       rounds: rounds that must be there; None = all of the config's.
@@ -174,7 +175,7 @@ def check_other_run(config: ml_collections.ConfigDict, rounds: int | None = None
                 f"{field}: round {number} has no finished extract stage; let that run continue, or "
                 "lower config.rounds"
             )
-    has = read_json(other.config_file)["extract"]
+    has = saved_config(other.config_file)["extract"]
     for name in ("chains", "n_run"):
         if has[name] < config.extract[name]:
             raise UserError(

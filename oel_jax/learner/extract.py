@@ -17,7 +17,7 @@ from pathlib import Path
 import ml_collections
 
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
-from oel_jax.config.defaults import extraction_template, extractor_budget
+from oel_jax.config.budgets import extraction_template, extractor_budget
 from oel_jax.data import answers, knowledge, prompts
 from oel_jax.data.trajectories import Trajectory
 from oel_jax.files import read_json, write_json

@@ -17,7 +17,7 @@ HOST = "pinned_host"  # the memory kind, as JAX names it
 
 def parts(section: Any) -> frozenset[str]:
     """What `config.consolidate` wants in host memory."""
-    return frozenset(section.offload.split(",")) - {"none"}
+    return frozenset(section.offload)
 
 
 def check_offload(section: Any, mesh: jax.sharding.Mesh) -> None:
@@ -33,7 +33,7 @@ def check_offload(section: Any, mesh: jax.sharding.Mesh) -> None:
     if parts(section) and HOST not in kinds:
         raise UserError(
             f"config.consolidate.offload is {section.offload!r}, but {device.device_kind} devices "
-            f"have no memory of kind {HOST!r} (only {', '.join(sorted(kinds))}); set it to 'none'"
+            f"have no memory of kind {HOST!r} (only {', '.join(sorted(kinds))}); set it to ()"
         )
 
 

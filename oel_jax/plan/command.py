@@ -27,8 +27,11 @@ import jax
 import ml_collections
 
 from oel_jax import environments
-from oel_jax.config.defaults import check_field, has_extractor, validate
-from oel_jax.config.file import config_changes, load_config
+from oel_jax.config.budgets import has_extractor
+from oel_jax.config.checks import validate
+from oel_jax.config.command_line import read_overrides
+from oel_jax.config.defaults import with_fields
+from oel_jax.config.file import load_config
 from oel_jax.errors import UserError
 from oel_jax.machine import paths
 from oel_jax.models.config import ModelConfig
@@ -67,10 +70,10 @@ def plan(
       UserError: the model's shape is unknown, or something is to wait in host memory.
     """
     away = config.consolidate.offload
-    if away != "none":
+    if away:
         raise UserError(
             f"config.consolidate.offload is {away!r}; the planner does not count host memory: plan "
-            "with 'none', which tells at least as many bytes of a device"
+            "with (), which tells at least as many bytes of a device"
         )
     cfg = model_shape(config.model.path)
     other = config.extract.model_path if has_extractor(config) else ""
@@ -148,12 +151,9 @@ def _no_cache() -> Iterator[None]:
 
 def _config(text: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
     """FILE.py or FILE.py:PRESET with changed fields, checked."""
-    config = load_config(text)
-    for path in changes:
-        check_field(path)
-    with config.ignore_type():
-        config.update_from_flattened_dict(changes)
-    validate(config, games=environments.known(config.game))
+    config = with_fields(load_config(text), changes)
+    for remark in validate(config, games=environments.known(config.game)):
+        print(f"note: {remark}")
     return config
 
 
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # whatever is here, nothing is run on it
     options, rest = _parser().parse_known_args(arguments)
     try:
-        return _run(options, config_changes(rest))
+        return _run(options, read_overrides(rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

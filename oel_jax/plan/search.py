@@ -7,7 +7,8 @@ import jax
 import ml_collections
 from jax.sharding import AxisType
 
-from oel_jax.config.defaults import AUTO_SLOTS, with_fields
+from oel_jax.config.defaults import with_fields
+from oel_jax.config.fields_run import AUTO_SLOTS
 from oel_jax.config.fit import validate_against_model
 from oel_jax.errors import UserError
 from oel_jax.models.config import ModelConfig

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from oel_jax.config.defaults import has_extractor, play_budget
+from oel_jax.config.budgets import has_extractor, play_budget
 from oel_jax.distill.packing import Sample, Shape, plan
 from oel_jax.models.shared_prefix import SHARED_FROM, padded_length
 from oel_jax.runs.samplers import (

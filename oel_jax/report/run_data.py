@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from oel_jax.config.old_values import saved_config
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.report.gains import gains
@@ -113,8 +114,8 @@ def collect(workdir: Workdir) -> RunData:
             "give the --workdir of `python -m oel_jax.main`"
         )
     workdir.seconds(0)  # refuses a manifest of another version
-    config = read_json(workdir.config_file)
-    if not isinstance(config, dict) or not {"game", "model", "extract"} <= config.keys():
+    config = saved_config(workdir.config_file)
+    if not {"game", "model", "extract"} <= config.keys():
         raise UserError(f"{workdir.config_file} is not the config of a run; restore it")
     data = RunData(
         name=workdir.label,

@@ -6,7 +6,8 @@ from html import escape
 from types import SimpleNamespace
 from typing import Any
 
-from oel_jax.config.defaults import as_json, default, leaves
+from oel_jax.config.defaults import as_json, default
+from oel_jax.config.fields import leaves
 from oel_jax.config.negative_control import announcement
 from oel_jax.report import charts, run_data
 from oel_jax.report.charts import Point, Series

@@ -25,12 +25,12 @@ class RoundCheckpoints:
     Args:
       directory: absolute; it is made if need be.
       every: optimizer steps between two of them.
-      minutes: and at most so many minutes between them; 0 = only steps count.
+      minutes: and at most so many minutes between them; None = only steps count.
       keep: how many stay; older ones are deleted when a new one is complete.
     """
 
-    def __init__(self, directory: Path, *, every: int, minutes: float, keep: int):
-        self._directory, self._every, self._seconds = directory, every, 60 * minutes
+    def __init__(self, directory: Path, *, every: int, minutes: float | None, keep: int):
+        self._directory, self._every, self._minutes = directory, every, minutes
         self._saved_at = time.monotonic()
         self._manager = ocp.CheckpointManager(
             directory,
@@ -49,8 +49,9 @@ class RoundCheckpoints:
 
     def due(self, step: int) -> bool:
         """Whether one should be written now; the same answer on all processes."""
-        late = self._seconds and time.monotonic() - self._saved_at >= self._seconds
-        return step % self._every == 0 or bool(processes.from_first(bool(late)))
+        minutes = (time.monotonic() - self._saved_at) / 60
+        late = self._minutes is not None and minutes >= self._minutes
+        return step % self._every == 0 or bool(processes.from_first(late))
 
     def save(self, step: int, tree: Any) -> None:
         """Begin to write the checkpoint of a step; nothing is done if it is there.

@@ -9,7 +9,7 @@ from oel_jax.errors import UserError
 from oel_jax.machine import caches, compile_cache, paths
 
 
-def keep_compiled(setting: str) -> None:
+def keep_compiled(setting: str | None) -> None:
     """Keep compiled programs between runs, so that only the first run pays for them.
 
     Args:
@@ -22,7 +22,7 @@ def keep_compiled(setting: str) -> None:
     compile_cache.replace_damaged()
 
 
-def _cache_text(setting: str) -> str:
+def _cache_text(setting: str | None) -> str:
     """The cache's place as JAX is to read it: a URL unchanged, for it can use a bucket itself.
 
     Raises:

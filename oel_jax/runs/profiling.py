@@ -38,7 +38,7 @@ class StepTrace:
     The trace is written below `directory` where TensorBoard's profile plugin (XProf) finds it.
     """
 
-    def __init__(self, profile: str, directory: Path):
+    def __init__(self, profile: str | None, directory: Path):
         self._steps, self._directory, self._running = traced_steps(profile), directory, False
 
     def before(self, step: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import ml_collections
 
-from oel_jax.config.defaults import extractor_budget, play_budget
+from oel_jax.config.budgets import extractor_budget, play_budget
 from oel_jax.models.language_model import DTYPES, LanguageModel
 from oel_jax.models.shared_prefix import SHARED_FROM
 from oel_jax.sampler.sampler import Sampler

@@ -44,7 +44,7 @@ class Run:
     """One run in its workdir: what a stage is given. `open_run` makes it.
 
     Attributes:
-      config: validated; see `oel_jax.config.defaults.default` for every field.
+      config: validated; see docs/configuration.md for every field.
       workdir: names of all files, record of finished stages.
       metrics: TensorBoard and metrics.jsonl.
       mesh: axes ('fsdp', 'tp'), over the devices of all processes: where is trained.

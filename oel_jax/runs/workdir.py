@@ -36,37 +36,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from oel_jax.config.fields import is_free, leaves
+from oel_jax.config.old_values import saved_config
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_json
 from oel_jax.machine import paths
 
 SCHEMA = "oel.workdir/1"
-
-# Config fields (or groups of them) that may differ when a run goes on, each with the reason.
-FREE_FIELDS = {
-    "rounds": "more rounds extend a run; with fewer, those that are there stay",
-    "log": "what is printed and drawn",
-    "game.module": "where the file of a game is; its name and turns stay",
-    "mesh": "the same computation on other devices",
-    "sampler.slots": "a game's randomness does not depend on who else is in the batch",
-    "sampler.max_len": "room in the cache, not content",
-    "sampler.decode_steps": "speed only",
-    "sampler.prefill_rows": "speed only",
-    "sampler.prefill_chunk": "memory against speed",
-    "sampler.overlap": "speed only",
-    "sampler.weights": "memory against speed",
-    "model.attention_block": "memory against speed",
-    "model.check_weights": "what is refused when a model is loaded",
-    "preflight.on_harm": "what follows from the pre-flight; the warning says how to go on",
-    "preflight.least_gain": "compared with what was measured, whenever consolidation is due",
-    "consolidate.save_every": "how often a checkpoint is written",
-    "consolidate.save_minutes": "how often a checkpoint is written",
-    "consolidate.remat": "memory against speed",
-    "consolidate.offload": "memory against speed",
-    "loss.chunk": "memory against speed",
-    "compilation_cache": "where compiled programs are kept",
-    "profile": "what is traced beside the run",
-}
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -78,27 +54,12 @@ def samples_of(evaluation: Path) -> Path:
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted path -> (old, new) of every field that differs; an absent field counts as None."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = leaves(old), leaves(new)
     return {
         path: (before.get(path), after.get(path))
         for path in sorted(before.keys() | after.keys())
         if before.get(path) != after.get(path)
     }
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def is_free(path: str) -> bool:
-    """Whether a config field may differ when a run goes on (see `FREE_FIELDS`)."""
-    return any(path == free or path.startswith(free + ".") for free in FREE_FIELDS)
 
 
 def _now() -> str:
@@ -264,7 +225,7 @@ class Workdir:
         """Create the directory or go on with an old one; takes the lock.
 
         Args:
-          config: plain JSON types (`oel_jax.config.defaults.as_json`).
+          config: plain JSON types (`oel_jax.config.as_json`).
           allow_change: accept a changed config; it is stored and the change recorded.
           today: what `today` is in a new directory, local time; now, if not given.
 
@@ -327,9 +288,7 @@ class Workdir:
             )
 
     def _compare_config(self, config: dict[str, Any], allow_change: bool) -> None:
-        old = read_json(self.config_file)
-        if not isinstance(old, dict):
-            raise UserError(f"{self.config_file} is not a config; restore it or delete it")
+        old = saved_config(self.config_file)
         changes = changed_fields(old, config)
         refused = {path: pair for path, pair in changes.items() if not is_free(path)}
         if refused and not allow_change:
@@ -482,7 +441,7 @@ def _checked_name(name: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return "(absent)" if value is None else json.dumps(value, ensure_ascii=False)
+    return "None" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def sha256(path: Path) -> str:

@@ -26,8 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oel_jax.config.command_line import read_overrides
 from oel_jax.config.defaults import as_json
-from oel_jax.config.file import config_changes, load_config
+from oel_jax.config.file import load_config
 from oel_jax.errors import UserError
 from oel_jax.files import read_json, write_bytes, write_json
 from oel_jax.machine import paths, preemption
@@ -281,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="1 if an expectation did not hold")
     given, rest = parser.parse_known_args(arguments)
     try:
-        changes = config_changes(rest)
+        changes = read_overrides(rest)
         if given.game_module:
             changes["game.module"] = given.game_module
         study = load(given.study, _seeds(given.seeds), changes)

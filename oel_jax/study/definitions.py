@@ -16,7 +16,8 @@ from typing import Any
 import ml_collections
 
 from oel_jax import environments
-from oel_jax.config.defaults import check_field, validate
+from oel_jax.config.checks import validate
+from oel_jax.config.defaults import with_fields
 from oel_jax.config.file import explain, load_module
 from oel_jax.errors import UserError
 from oel_jax.runs.stages import NAMES
@@ -223,14 +224,9 @@ def _changed(study: Study, changes: Mapping[str, Any]) -> Study:
 def _with(
     config: ml_collections.ConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-    for path in changes:
-        check_field(path)
     if "seed" in changes:
         raise UserError("config.seed is set by the study for each run; use --seeds")
-    config = config.copy_and_resolve_references()
-    with config.ignore_type():
-        config.update_from_flattened_dict(dict(changes))
-    return config
+    return with_fields(config, changes)
 
 
 # --- checks ---------------------------------------------------------------------------------------

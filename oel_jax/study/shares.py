@@ -1,8 +1,8 @@
 """What the runs of a study can take over from each other, stage by stage.
 
 A key is made of everything a stage can depend on: all config fields but those that provably cannot
-matter (`LEFT_OUT`, checked by a test that changes them all and compares bytes), and the contents of
-the files it reads, the starting model's included. Equal keys, equal files.
+matter (`Field.affects`, checked by a test that changes them all and compares bytes), and the
+contents of the files it reads, the starting model's included. Equal keys, equal files.
 
 Games and evaluations are shared in parts: the games for knowledge, each file of games to train on,
 each evaluation. A stage that finds only some of its parts continues from them as after a kill.
@@ -17,183 +17,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from oel_jax.config.defaults import as_json, extraction_template, leaves
+from oel_jax.config.budgets import extraction_template
+from oel_jax.config.defaults import as_json
+from oel_jax.config.fields import is_free, leaves, unaffected
 from oel_jax.data.trajectory_files import TrajectoryStore
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.runs.policies import start_directory
 from oel_jax.runs.stages import stages_of
-from oel_jax.runs.workdir import Workdir, is_free, samples_of, sha256
+from oel_jax.runs.workdir import Workdir, samples_of, sha256
 
 SCHEMA = "oel.shelf/1"
 
-_LOSS = (
-    "loss.divergence",
-    "loss.support",
-    "loss.correction",
-    "loss.top_k",
-    "loss.temperature",
-    "loss.aggregation",
-)
-_TRAINING = (
-    *_LOSS,
-    "consolidate.mode",
-    "consolidate.learning_rate",
-    "consolidate.b1",
-    "consolidate.b2",
-    "consolidate.eps",
-    "consolidate.weight_decay",
-    "consolidate.clip_norm",
-    "consolidate.token_budget",
-    "consolidate.temperature",
-    "consolidate.keep_fp32_master",
-    "consolidate.drop_remainder",
-    "consolidate.moments_dtype",
-    "consolidate.teacher_dtype",
-    "consolidate.turn_fraction",
-    "consolidate.turn_floor",
-    "consolidate.retention",
-    "consolidate.retention_weight",
-    "consolidate.teacher",
-    "consolidate.teacher_rate",
-    "lora.rank",
-    "lora.alpha",
-    "lora.targets",
-    "guard.response_tokens",
-    "guard.entropy",
-    "guard.skill_drop",
-    "evaluate.steps",
-)
-_DEPLOYING = ("deploy.temperature", "deploy.top_p", "deploy.top_k")
-_AMOUNT = ("deploy.games_per_step", "consolidate.steps")
-_WRITING = (  # how knowledge is written, not which games it is written from
-    "extract.n",
-    "extract.version",
-    "extract.previous",
-    "extract.l_max",
-    "extract.max_prompt",
-    "extract.outcome",
-    "extract.history_markers",
-    "extract.item_marker",
-    "extract.template_file",
-    "extract.unfinished_thought",
-    "extract.truncate",
-    "extract.draft_tokens",
-    "extract.model_path",
-    "extract.experience",
-    "extract.knowledge_from",
-    "extract.deduplicate",
-    "extract.no_op",
-)
-_GAMES_FOR_KNOWLEDGE = (
-    "extract.chains",
-    "extract.n_run",
-    "extract.temperature",
-    "extract.top_p",
-    "extract.top_k",
-    "extract.trajectories",
-)
-_JUDGING = (
-    "evaluate.maps",
-    "evaluate.seeds",
-    "evaluate.temperature",
-    "evaluate.top_p",
-    "evaluate.top_k",
-    "evaluate.unseen_split",
-)
-# Which evaluations are made, not how.
-_EVALUATIONS = ("evaluate.in_context", "evaluate.curve", "evaluate.skills")
-_WHICH = (*_EVALUATIONS, "preflight.games")  # nothing else reads the pre-flight
-
-# The preset is a name, and what it sets is in the other fields; a model counts by its files.
-_ALWAYS = ("preset", "model.path", "model.check_weights")
-
-# Part of a stage -> config fields that cannot change its files. Whatever is not named here counts,
-# fields that are added later included. `AMOUNT` is added where boards already seen do not count.
-LEFT_OUT: dict[str, frozenset[str]] = {
-    name: frozenset((*_ALWAYS, *fields))
-    for name, fields in {
-        "chains": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_JUDGING, *_WHICH),
-        "deploy": (
-            *_TRAINING,
-            "consolidate.steps",
-            *_WRITING,
-            *_GAMES_FOR_KNOWLEDGE,
-            *_JUDGING,
-            *_WHICH,
-            "evaluate.seed_mode",
-        ),
-        # The extractor and a template file count by what is in them.
-        "knowledge": (
-            *_TRAINING,
-            *_DEPLOYING,
-            *_AMOUNT,
-            *_JUDGING,
-            *_WHICH,
-            "extract.n",
-            "extract.model_path",
-            "extract.template_file",
-            "extract.knowledge_from",
-        ),
-        "extract": (
-            *_TRAINING,
-            *_DEPLOYING,
-            *_AMOUNT,
-            *_JUDGING,
-            *_WHICH,
-            "extract.model_path",
-            "extract.template_file",
-            "extract.knowledge_from",
-        ),
-        "demonstrate": (
-            *_TRAINING,
-            "consolidate.steps",
-            *_JUDGING,
-            *_WHICH,
-            "evaluate.seed_mode",
-            "extract.model_path",
-            "extract.template_file",
-            "extract.knowledge_from",
-        ),
-        "preflight": (  # `AMOUNT` counts: its boards come after those of training
-            *_TRAINING,
-            *_DEPLOYING,
-            "evaluate.maps",
-            "evaluate.seeds",
-            "evaluate.unseen_split",
-            *_EVALUATIONS,
-            "extract.model_path",
-            "extract.template_file",
-            "extract.knowledge_from",
-        ),
-        "consolidate": (
-            *_JUDGING,
-            *_WHICH,
-            "evaluate.seed_mode",
-            "extract.model_path",
-            "extract.template_file",
-            "extract.knowledge_from",
-        ),
-        "start": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_GAMES_FOR_KNOWLEDGE, *_WHICH),
-        "skills": (*_TRAINING, *_DEPLOYING, *_AMOUNT, *_WRITING, *_GAMES_FOR_KNOWLEDGE, *_WHICH),
-        "with_knowledge": (
-            *_TRAINING,
-            *_DEPLOYING,
-            *_WHICH,
-            "extract.model_path",
-            "extract.template_file",
-            "extract.knowledge_from",
-        ),
-        "consolidated": (
-            *_TRAINING,
-            *_DEPLOYING,
-            *_WRITING,
-            *_GAMES_FOR_KNOWLEDGE,
-            *_WHICH,
-        ),
-    }.items()
-}
-AMOUNT = frozenset(_AMOUNT)
+# A field counts for a part of a stage unless the table of fields says that it cannot change it
+# (`Field.affects`), fields that are added later included. These two count for evaluations only
+# where boards already seen do.
+AMOUNT = frozenset({"deploy.games_per_step", "consolidate.steps"})
 
 
 @dataclass(frozen=True)
@@ -228,11 +67,11 @@ def share_key(config: ConfigDict, number: int, kind: str, name: str, inputs: Any
 
     Args:
       number: of the round.
-      kind: a key of `LEFT_OUT`.
+      kind: one of `oel_jax.config.field.PARTS`.
       name: tells things of the same kind apart; random streams depend on it.
       inputs: plain JSON: the digests of all files that are read.
     """
-    out = LEFT_OUT[kind]
+    out = unaffected(kind)
     if kind in ("with_knowledge", "consolidated") and not config.evaluate.unseen_split:
         out = out | AMOUNT
     fields = counted(config, out)

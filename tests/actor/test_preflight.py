@@ -11,6 +11,7 @@ from tiny_run import contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import environments
 from oel_jax.chat.tokenizer import load_tokenizer
+from oel_jax.config.fields import is_free
 from oel_jax.data.messages import Context
 from oel_jax.data.prompts import play_prompt
 from oel_jax.errors import UserError
@@ -18,7 +19,6 @@ from oel_jax.files import read_json, write_json
 from oel_jax.report.intervals import paired_difference
 from oel_jax.runs.metrics import read as read_metrics
 from oel_jax.runs.stages import NAMES, stages_of
-from oel_jax.runs.workdir import is_free
 from oel_jax.sampler.sampler import Sampler
 
 module = importlib.import_module("oel_jax.actor.preflight")
@@ -393,7 +393,7 @@ def test_a_run_without_experience(finished_run, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_own_games_go_with_on_policy_distillation_alone(field, value):
-    from oel_jax.config.defaults import validate
+    from oel_jax.config.checks import validate
 
     settings = {"extract__experience": "own_game", "evaluate__in_context": False} | {field: value}
     with pytest.raises(UserError, match=f"{field.replace('__', '.')} is .*own_game"):

@@ -3,16 +3,19 @@
 import ast
 import importlib.util
 import re
-import tokenize
 from pathlib import Path
 
 import pytest
 
 from oel_jax import environments
-from oel_jax.config import defaults as oel_config
+from oel_jax.config.budgets import chain_seeds, extraction_template, extractor_budget, play_budget
+from oel_jax.config.checks import validate
+from oel_jax.config.defaults import as_json, default
+from oel_jax.config.field import PURPOSES
+from oel_jax.config.fields import FIELDS, leaves
+from oel_jax.config.fields_run import MAX_TURNS
 from oel_jax.config.fit import validate_against_model
 from oel_jax.config.presets import apply_preset
-from oel_jax.config.rules import rules
 from oel_jax.data import prompts
 from oel_jax.errors import UserError
 from oel_jax.models.config import ModelConfig
@@ -30,32 +33,21 @@ def load(path: Path, preset: str | None = None):
 
 def change(path: str, value):
     """The default config with one field set, types unchecked (as a config file could do)."""
-    config = oel_config.default()
+    config = default()
     group, _, field = path.rpartition(".")
     with config.ignore_type():
         (config[group] if group else config)[field] = value
     return config
 
 
-def test_every_field_has_a_rule_and_every_rule_a_field():
-    assert set(oel_config.leaves(oel_config.default().to_dict())) == set(rules())
+def test_every_field_is_in_the_table():
+    assert set(leaves(default().to_dict())) == set(FIELDS)
 
 
-def test_every_field_is_commented():
-    source = ROOT / "oel_jax" / "config" / "defaults.py"
-    lines = source.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("def default"))
-    end = next(i for i, line in enumerate(lines) if i > start and line == "    return c")
-    with source.open("rb") as file:
-        commented = {
-            t.start[0] for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT
-        }
-    bare = [
-        line.strip()
-        for i, line in enumerate(lines[start:end], start + 1)
-        if " = " in line and "ConfigDict()" not in line and i not in commented
-    ]
-    assert not bare
+def test_every_default_is_what_its_rule_allows_and_every_field_is_explained():
+    for path, field in FIELDS.items():
+        assert field.rule(field.default) is None and field.rule.words, path
+        assert len(field.doc) > 5 and field.purpose in PURPOSES, path
 
 
 @pytest.mark.parametrize(
@@ -67,7 +59,7 @@ def test_every_field_is_commented():
         ("rounds", 0),
         ("rounds", 1.5),
         ("preset", "mine"),
-        ("compilation_cache", None),
+        ("compilation_cache", 5),
         ("model.path", "  "),
         ("model.dtype", "float16"),
         ("model.thinking", 1),
@@ -120,10 +112,10 @@ def test_every_field_is_commented():
         ("consolidate.knowledge_rng", "other"),
         ("consolidate.moments_dtype", "int8"),
         ("consolidate.teacher_dtype", "float16"),
-        ("consolidate.offload", "moments"),
+        ("consolidate.offload", ("moments",)),
         ("lora.rank", 1.5),
         ("lora.alpha", -1.0),
-        ("lora.targets", "q,x"),
+        ("lora.targets", ("q", "x")),
         ("loss.top_k", 0),
         ("loss.temperature", 0.0),
         ("loss.aggregation", "mean"),
@@ -139,7 +131,7 @@ def test_every_field_is_commented():
 )
 def test_a_wrong_value_is_refused_by_field_and_value(path, value):
     with pytest.raises(UserError) as caught:
-        oel_config.validate(change(path, value))
+        validate(change(path, value))
     assert path in str(caught.value)
     assert repr(value) in str(caught.value) or str(value) in str(caught.value)
 
@@ -155,36 +147,36 @@ def test_bounds_themselves_are_allowed():
         ("evaluate.curve", [1, 25]),
         ("log.console_every", 0),
     ]:
-        oel_config.validate(change(path, value))
+        validate(change(path, value))
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_name():
-    config = oel_config.default()
+    config = default()
     with config.unlocked():
         config.consolidate.learning_rat = 1.0
     with pytest.raises(UserError, match=r"learning_rat is not a field.*consolidate.learning_rate"):
-        oel_config.validate(config)
+        validate(config)
 
 
 def test_a_missing_field_is_refused():
-    config = oel_config.default()
+    config = default()
     with config.unlocked():
         del config.loss.chunk
     with pytest.raises(UserError, match=r"config\.loss\.chunk is missing"):
-        oel_config.validate(config)
+        validate(config)
 
 
 def test_registered_games_are_accepted():
-    config = oel_config.default()
+    config = default()
     config.game.name = "maze"
-    oel_config.validate(config, games=("frozen_lake", "maze"))
+    validate(config, games=("frozen_lake", "maze"))
     with pytest.raises(UserError, match="frozen_lake, sokoban"):
-        oel_config.validate(config)
+        validate(config)
 
 
 def test_presets_are_the_columns_of_section_12():
-    paper = apply_preset(oel_config.default(), "paper")
-    released = apply_preset(oel_config.default(), "released")
+    paper = apply_preset(default(), "paper")
+    released = apply_preset(default(), "released")
     # field -> default, paper, released; typed from the table, not from the code
     columns = {
         "deploy.games_per_step": (64, 64, 128),
@@ -201,7 +193,7 @@ def test_presets_are_the_columns_of_section_12():
             "- EXPERIENCE ITEM:",
         ),
         "extract.history_markers": ("text", "text", "tokens"),
-        "extract.template_file": ("", "paper", ""),
+        "extract.template_file": (None, "paper", None),
         "extract.unfinished_thought": ("drop", "drop", "keep"),
         "extract.truncate": ("tail", "head", "tail"),
         "evaluate.unseen_split": (True, False, False),
@@ -212,23 +204,23 @@ def test_presets_are_the_columns_of_section_12():
         "rounds": (2, 3, 2),
         "preset": ("default", "paper", "released"),
     }
-    default = oel_config.leaves(oel_config.default().to_dict())
-    for index, config in ((0, oel_config.default()), (1, paper), (2, released)):
-        expected = default | {field: values[index] for field, values in columns.items()}
-        assert oel_config.leaves(config.to_dict()) == expected
-        oel_config.validate(config)
-    sokoban = oel_config.default()
+    usual = leaves(default().to_dict())
+    for index, config in ((0, default()), (1, paper), (2, released)):
+        expected = usual | {field: values[index] for field, values in columns.items()}
+        assert leaves(config.to_dict()) == expected
+        validate(config)
+    sokoban = default()
     sokoban.game.name = "sokoban"
     assert apply_preset(sokoban, "released").rounds == 3
     with pytest.raises(UserError, match="'best' is unknown.*paper"):
-        apply_preset(oel_config.default(), "best")
+        apply_preset(default(), "best")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("preset", [None, "paper", "released", "recommended"])
 def test_config_files_are_valid_under_every_preset(path, preset):
     config = load(path, preset)
-    oel_config.validate(config)
+    validate(config)
     assert config.preset == (preset or "default")
 
 
@@ -265,89 +257,85 @@ def test_recipes_are_table_4(name, recipe):
         0.7,
     )
     assert (t.b1, t.b2, t.eps, t.weight_decay, t.clip_norm) == (0.9, 0.999, 1e-8, 0.01, 1.0)
-    assert (c.sampler.max_response, oel_config.MAX_TURNS, c.evaluate.maps) == (1024, 5, 128)
-    assert oel_config.MAX_TURNS == environments.MAX_TURNS
+    assert (c.sampler.max_response, MAX_TURNS, c.evaluate.maps) == (1024, 5, 128)
+    assert MAX_TURNS == environments.MAX_TURNS
     assert (c.deploy.temperature, c.deploy.top_p, c.deploy.top_k) == (0.7, 1.0, 0)
     for group in (c.extract, c.evaluate):
         assert (group.temperature, group.top_p, group.top_k) == (0.7, 0.8, 20)
 
 
 def test_budgets_are_those_of_spec_4_5():
-    c = oel_config.default()
-    assert oel_config.play_budget(c, False) == (2560, 1024)
-    assert oel_config.play_budget(c, True) == (10752, 1024)
-    assert oel_config.extractor_budget(c) == (16896, 8192)
+    c = default()
+    assert play_budget(c, False) == (2560, 1024)
+    assert play_budget(c, True) == (10752, 1024)
+    assert extractor_budget(c) == (16896, 8192)
     c.extract.l_max, c.extract.previous = 2048, False
-    assert oel_config.play_budget(c, True) == (4608, 1024)
-    assert oel_config.extractor_budget(c) == (8704, 2048)
+    assert play_budget(c, True) == (4608, 1024)
+    assert extractor_budget(c) == (8704, 2048)
     c.extract.max_prompt = 900
-    assert oel_config.extractor_budget(c) == (900, 2048)
+    assert extractor_budget(c) == (900, 2048)
 
 
 def test_chain_seeds():
-    assert oel_config.chain_seeds(oel_config.default()) == list(range(50, 501, 50))
+    assert chain_seeds(default()) == list(range(50, 501, 50))
 
 
 def test_extraction_template_variants(tmp_path):
-    c = oel_config.default()
-    assert oel_config.extraction_template(c) is None
+    c = default()
+    assert extraction_template(c) is None
     c.extract.item_marker = "* FACT:"
-    text = oel_config.extraction_template(c)
+    text = extraction_template(c)
     assert text.count("* FACT:") == 4 and "EXPERIENCE ITEM" not in text
-    c = oel_config.default()
+    c = default()
     c.extract.template_file = "paper"
-    assert "Based on the multi-round interaction history, generate" in (
-        oel_config.extraction_template(c)
-    )
+    assert "Based on the multi-round interaction history, generate" in (extraction_template(c))
     c.extract.version = "v3"
-    assert "(previous experience, the game environment (input)" in (
-        oel_config.extraction_template(c)
-    )
+    assert "(previous experience, the game environment (input)" in (extraction_template(c))
     own = tmp_path / "own.txt"
     own.write_text("Log: {LATEST_EXPERIENCE}\nNothing else")
     c.extract.template_file = str(own)
     with pytest.raises(UserError, match=r"own\.txt.*PREVIOUS_EXPERIENCE"):
-        oel_config.validate(c)
+        validate(c)
 
 
 def test_nothing_new_needs_previous_knowledge():
-    c = oel_config.default()
+    c = default()
     c.extract.no_op = True
-    oel_config.validate(c)
+    validate(c)
     c.extract.previous = False
     with pytest.raises(UserError, match=r"config\.extract\.no_op is True.*extract\.previous=False"):
-        oel_config.validate(c)
+        validate(c)
 
 
 @pytest.mark.parametrize("kind", ["raw", "none"])
 @pytest.mark.parametrize("field", ["model_path", "knowledge_from"])
 def test_experience_that_no_extractor_writes_has_no_extractor(kind, field):
-    c = oel_config.default()
+    c = default()
     c.extract.experience, c.extract[field] = kind, "somewhere"
     with pytest.raises(UserError, match=rf"extract\.{field} is 'somewhere'.*experience='{kind}'"):
-        oel_config.validate(c)
+        validate(c)
 
 
 @pytest.mark.parametrize("version", ["v3", "v4"])
-@pytest.mark.parametrize("template", ["", "paper"])
+@pytest.mark.parametrize("template", [None, "paper"])
 def test_one_sentence_more_says_how_to_write_nothing(version, template):
-    c = oel_config.default()
+    c = default()
     c.extract.version, c.extract.template_file = version, template
-    plain = oel_config.extraction_template(c)
+    plain = extraction_template(c)
     if plain is None:
         plain = {"v3": prompts.GAME_V3, "v4": prompts.GAME_V4}[version]
     c.extract.no_op = True
     sentence = "If the interaction history teaches nothing beyond the previous experience, answer "
-    assert oel_config.extraction_template(c) == f"{plain}\n{sentence}exactly: NO NEW EXPERIENCE\n"
-    oel_config.validate(c)
+    assert extraction_template(c) == f"{plain}\n{sentence}exactly: NO NEW EXPERIENCE\n"
+    validate(c)
 
 
 def test_repeated_deploy_boards_are_remarked():
-    c = oel_config.default()
+    c = default()
     c.consolidate.steps = 100
-    assert not oel_config.validate(c)
+    assert not validate(c)
     c.deploy.games_per_step = 128
-    assert "12944" in oel_config.validate(c)[0]  # 16 of them for the pre-flight
+    assert "12944" in validate(c)[0]  # 16 of them for the pre-flight
 
 
 MODEL = ModelConfig.from_hf(
@@ -393,7 +381,7 @@ MODEL = ModelConfig.from_hf(
     ],
 )
 def test_what_does_not_fit_the_model_or_the_devices(fields, devices, message):
-    config = oel_config.default()
+    config = default()
     for path, value in fields.items():
         group, _, field = path.rpartition(".")
         config[group][field] = value
@@ -402,16 +390,16 @@ def test_what_does_not_fit_the_model_or_the_devices(fields, devices, message):
 
 
 def test_what_fits_the_model_and_the_devices():
-    config = oel_config.default()
+    config = default()
     validate_against_model(config, MODEL, 300, 1)
     config.mesh.fsdp, config.mesh.tp = -1, 2
     validate_against_model(config, MODEL, 300, 8)
 
 
 def test_json_form_has_only_json_types():
-    config = oel_config.default()
+    config = default()
     config.evaluate.curve = (1, 2)
-    assert oel_config.as_json(config)["evaluate"]["curve"] == [1, 2]
+    assert as_json(config)["evaluate"]["curve"] == [1, 2]
 
 
 # Settings that do not go together, one of each message of that kind.
@@ -432,8 +420,8 @@ CLASHES = [
     {"consolidate.mode": "sft", "loss.correction": "renorm"},
     {"consolidate.mode": "sft", "consolidate.teacher": "ema"},
     {"consolidate.teacher": "ema", "consolidate.retention": "plain"},
-    {"consolidate.teacher": "ema", "consolidate.offload": "teacher"},
-    {"model.dtype": "float32", "consolidate.offload": "masters"},
+    {"consolidate.teacher": "ema", "consolidate.offload": ("teacher",)},
+    {"model.dtype": "float32", "consolidate.offload": ("masters",)},
     {"loss.aggregation": "micro_token_mean"},
     {"loss.support": "full", "loss.correction": "tail"},
     {"loss.support": "teacher"},
@@ -441,12 +429,12 @@ CLASHES = [
     {"guard.skill_drop": 0.1},
     {"evaluate.steps": (20,)},
     {"lora.rank": 4, "consolidate.teacher_dtype": "float32"},
-    {"lora.rank": 4, "consolidate.offload": "masters"},
+    {"lora.rank": 4, "consolidate.offload": ("masters",)},
     {"lora.rank": 4, "consolidate.teacher": "ema"},
     {"lora.rank": 4, "consolidate.keep_fp32_master": True},
     {"lora.rank": 4, "guard.skill_drop": 0.1, "evaluate.skills": True},
 ]
-_LITERAL = r"'[^']*'|\d[\d.]*|True|False|\(\)"
+_LITERAL = r"'[^']*'|\d[\d.]*|True|False|None|\(\)"
 
 
 def advised(message: str) -> list[tuple[str, object]]:
@@ -467,13 +455,13 @@ def advised(message: str) -> list[tuple[str, object]]:
 @pytest.mark.parametrize("clash", CLASHES, ids=lambda clash: " ".join(clash))
 def test_advice_is_not_refused(clash):
     """Whatever value a message names is one that its field may have; one of them is the way out."""
-    config = oel_config.default()
+    config = default()
     config.update_from_flattened_dict(clash)
     with pytest.raises(UserError) as caught:
-        oel_config.validate(config)
+        validate(config)
     message = str(caught.value)
     for field, value in advised(message):
-        must = rules()[field](value)
+        must = FIELDS[field].rule(value)
         assert must is None, f"{message!r} names {value!r} for {field}, which must be {must}"
     outcomes = set()
     for field, value in advised(message):
@@ -481,7 +469,7 @@ def test_advice_is_not_refused(clash):
             changed = config.copy_and_resolve_references()
             changed.update_from_flattened_dict({field: value})
         try:
-            oel_config.validate(changed)
+            validate(changed)
             outcomes.add("accepted")
         except UserError as error:
             outcomes.add("another matter" if str(error) != message else "the same again")

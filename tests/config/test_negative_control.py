@@ -17,7 +17,7 @@ from tiny_run import contents, copy_of, go, tiny_config
 from oel_jax import environments
 from oel_jax.chat.render import render
 from oel_jax.config import negative_control
-from oel_jax.config.defaults import validate
+from oel_jax.config.checks import validate
 from oel_jax.data.trajectory_files import read
 from oel_jax.distill import topk_kl
 from oel_jax.errors import UserError

@@ -15,7 +15,7 @@ from test_step import CFG, CONTEXTS, KL, close, make_model, make_samples, prompt
 from tiers import meshes
 from tiny_run import copy_of, go, opened, tiny_config
 
-from oel_jax.config.rules import _ADAPTABLE
+from oel_jax.config.rules import ADAPTABLE as CONFIG_ADAPTABLE
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.lora import (
     Lora,
@@ -129,7 +129,7 @@ def test_a_fresh_adapter_changes_nothing(tiny_models):
 
 
 def test_targets_choose_the_weights():
-    assert tuple(ADAPTABLE) == _ADAPTABLE
+    assert tuple(ADAPTABLE) == CONFIG_ADAPTABLE
     section = tiny_config(lora__rank=2, lora__alpha=3.0, lora__targets="down,q").lora
     lora = Lora.of(section)
     assert lora == Lora(2, 3.0, ("q", "down")) and lora.scale == 1.5

@@ -7,7 +7,8 @@ from tiny_run import go, tiny_config
 
 import oel_jax
 from oel_jax import environments
-from oel_jax.config.defaults import extractor_budget, validate
+from oel_jax.config.budgets import extractor_budget
+from oel_jax.config.checks import validate
 from oel_jax.data import prompts
 from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import copy_of, go, tiny_config
 
-from oel_jax.config.defaults import validate
+from oel_jax.config.checks import validate
 from oel_jax.errors import UserError
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
@@ -18,7 +18,7 @@ from oel_jax.runs.policies import check_model
 
 module = importlib.import_module("oel_jax.learner.consolidate")
 BF16 = dict(model__dtype="bfloat16")
-ALL = "optimizer,masters,teacher"
+ALL = ("optimizer", "masters", "teacher")
 
 
 def consolidated(finished_run, work, **changes):
@@ -99,7 +99,7 @@ def test_without_offload_all_is_on_the_device(finished_run, plain, tmp_path, kin
 def test_offload_of_an_adapters_moments(finished_run, tmp_path, kinds):
     lora = dict(lora__rank=2, consolidate__learning_rate=3e-3)
     here = consolidated(finished_run, tmp_path / "a", **lora)
-    there = consolidated(finished_run, tmp_path / "b", **lora, consolidate__offload="optimizer")
+    there = consolidated(finished_run, tmp_path / "b", **lora, consolidate__offload=("optimizer",))
     assert here == there and kinds[-1] == ["pinned_host", "device", "device"]
 
 
@@ -143,14 +143,17 @@ def test_bfloat16_moments_train(finished_run, plain, tmp_path):
         (dict(lora__rank=2, consolidate__teacher="ema"), "consolidate.teacher is 'ema'"),
         (dict(lora__rank=2, consolidate__keep_fp32_master=True), "keep_fp32_master"),
         (dict(lora__rank=2, consolidate__teacher_dtype="float32"), "consolidate.teacher_dtype"),
-        (dict(lora__rank=2, consolidate__offload="teacher", **BF16), "consolidate.offload"),
-        (dict(lora__rank=2, consolidate__offload="masters", **BF16), "consolidate.offload"),
+        (dict(lora__rank=2, consolidate__offload=("teacher",), **BF16), "consolidate.offload"),
+        (dict(lora__rank=2, consolidate__offload=("masters",), **BF16), "consolidate.offload"),
         (dict(lora__rank=2, guard__skill_drop=0.1, evaluate__skills=True), "guard.skill_drop"),
-        (dict(consolidate__offload="masters"), "model.dtype='float32'"),
-        (dict(consolidate__offload="teacher", consolidate__teacher="ema"), "consolidate.offload"),
-        (dict(consolidate__offload="moments"), "consolidate.offload is 'moments'"),
-        (dict(consolidate__offload="none,teacher"), "consolidate.offload"),
-        (dict(lora__targets="q, v", lora__rank=2), "lora.targets is 'q, v'"),
+        (dict(consolidate__offload=("masters",)), "model.dtype='float32'"),
+        (
+            dict(consolidate__offload=("teacher",), consolidate__teacher="ema"),
+            "consolidate.offload",
+        ),
+        (dict(consolidate__offload=("moments",)), "consolidate.offload is ('moments',)"),
+        (dict(consolidate__offload=("none", "teacher")), "consolidate.offload"),
+        (dict(lora__targets="q, v", lora__rank=2), "lora.targets is ('q', ' v')"),
         (dict(lora__targets="q,q", lora__rank=2), "lora.targets"),
         (dict(lora__targets="", lora__rank=2), "lora.targets"),
         (dict(lora__alpha=0.0), "lora.alpha"),
@@ -176,8 +179,8 @@ def test_a_platform_without_host_memory_is_refused():
         device_kind="Toy", addressable_memories=lambda: [SimpleNamespace(kind="device")]
     )
     mesh = SimpleNamespace(devices=np.array([[device]], dtype=object))
-    section = tiny_config(consolidate__offload="optimizer").consolidate
-    with pytest.raises(UserError, match=r"config\.consolidate\.offload.*Toy.*'none'"):
+    section = tiny_config(consolidate__offload=("optimizer",)).consolidate
+    with pytest.raises(UserError, match=r"config\.consolidate\.offload.*Toy.*set it to \(\)"):
         check_offload(section, mesh)
     check_offload(tiny_config().consolidate, mesh)
     check_offload(section, make_mesh(1, 1, jax.devices()[:1]))

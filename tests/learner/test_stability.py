@@ -26,7 +26,7 @@ from test_step import (
 )
 from tiny_run import copy_of, go, opened, tiny_config
 
-from oel_jax.config.defaults import validate
+from oel_jax.config.checks import validate
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.reference import divergence

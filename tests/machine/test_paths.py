@@ -12,8 +12,9 @@ import pytest
 from tiny_run import tiny_config
 
 from oel_jax import load_model
-from oel_jax.config.defaults import default, leaves, validate
-from oel_jax.config.rules import BUCKETS, rules
+from oel_jax.config.checks import validate
+from oel_jax.config.fields import FIELDS as CONFIG_FIELDS
+from oel_jax.config.rules import BUCKETS
 from oel_jax.errors import UserError
 from oel_jax.machine import caches, paths
 from oel_jax.runs.compilation import keep_compiled
@@ -67,7 +68,7 @@ def test_home_is_filled_in(monkeypatch):
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("text", URLS)
 def test_config_fields(field, text):
-    must = rules()[field](text)
+    must = CONFIG_FIELDS[field].rule(text)
     assert must is None if text in FIELDS[field] else "not a URL" in must
     if must and field != "compilation_cache":
         config = tiny_config(**{field.replace(".", "__"): text})
@@ -77,8 +78,7 @@ def test_config_fields(field, text):
 
 def test_no_field_is_forgotten():
     """Fields of free text are those that take any text: each is a path or known to be none."""
-    texts = {path for path, value in leaves(default().to_dict()).items() if isinstance(value, str)}
-    free = {path for path in texts if rules()[path]("some/text") is None}
+    free = {path for path, field in CONFIG_FIELDS.items() if field.rule("some/text") is None}
     assert free - {"game.name", "extract.item_marker"} == FIELDS.keys()
 
 
@@ -150,7 +150,7 @@ def cache_setting():
 
 @pytest.mark.parametrize("url", ["gs://bucket/xla", "s3://bucket//odd/", "az://c/x"])
 def test_a_bucket_for_compiled_programs_reaches_jax_unchanged(url, cache_setting, monkeypatch):
-    assert rules()["compilation_cache"](url) is None
+    assert CONFIG_FIELDS["compilation_cache"].rule(url) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     keep_compiled(url)
     assert cache_setting() == url

@@ -206,7 +206,7 @@ def traced(kind, mesh, tokens):
     config.model.dtype, config.loss.chunk, config.loss.top_k = "bfloat16", 64, 16
     config.consolidate.retention = "knowledge"
     config.lora.rank = 4 if kind == "lora" else 0
-    config.lora.targets = ",".join(decoder.ADAPTABLE)
+    config.lora.targets = tuple(decoder.ADAPTABLE)
     cfg = dataclasses.replace(CFG, tie_embeddings=kind == "tied")
     slots = SamplerLayout(
         slots=16, rows=8, prompt=32, response=32, length=128, lanes=1, shared=64, draft=0

@@ -444,7 +444,7 @@ def test_a_config_that_does_not_fit(capsys):
         (["--target=cpu:8", "--config.model.path=a/b"], "config.model.path=a/b is no directory"),
         (["--target=cpu:8", "--config.loss.topk=3"], "config.loss.topk is not a field"),
         (["--target=cpu:8", "--config.sampler.slots=0"], "config.sampler.slots is 0"),
-        (["--target=cpu:8", "--config.consolidate.offload=optimizer"], "plan with 'none'"),
+        (["--target=cpu:8", "--config.consolidate.offload=optimizer"], "plan with ()"),
         (["--target=cpu:8", "--turns=0"], "--turns=0: give a number above 0"),
         (["--target=cpu:8", "--compute=2"], "--compute=2: give a number above 0 and at most 1"),
         (["--target=cpu:8", "--memory_gb=-1"], "--memory_gb=-1"),

@@ -46,7 +46,7 @@ def test_a_trace_that_reaches_past_the_last_step_is_written(tmp_path):
 
 
 def test_no_trace_without_a_wish(tmp_path):
-    with StepTrace("", tmp_path / "run") as trace:
+    with StepTrace(None, tmp_path / "run") as trace:
         trace.before(1)
         trace.after(1)
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ import pytest
 from tiny_run import ROOT, as_flags, contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import environments
-from oel_jax.config.defaults import validate
+from oel_jax.config.checks import validate
 from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.export.command import export
