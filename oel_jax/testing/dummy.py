@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from oel_jax.models.bundled import model_dir
 from oel_jax.models.config import ModelConfig
@@ -34,6 +35,9 @@ def write_dummy_model(directory: str | Path, *, seed: int = 0, layers: int = 1) 
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         (source / "config.json").write_text(json.dumps(config | sizes), encoding="utf-8")
         cfg = ModelConfig.from_directory(source)
-        params = init_params(cfg, jax.random.key(seed))
+        shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+        draw = np.random.default_rng(seed)  # in no need of a compiler
+        values = jax.tree.map(lambda x: draw.normal(0.1, 0.1, x.shape).astype(x.dtype), shapes)
+        params = jax.device_put(values)
         save_model(Path(directory), cfg, params, source=source, dtype="float32")
     return Path(directory)

@@ -8,7 +8,7 @@ FIELDS = {
     "rounds": 1,
     "model.dtype": "float32",
     "model.thinking": False,
-    "mesh.fsdp": 1,
+    "mesh.fsdp": -1,
     "sampler.slots": 8,
     "sampler.prefill_rows": 8,
     "sampler.max_len": 384,

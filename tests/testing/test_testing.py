@@ -1,11 +1,12 @@
 """The public tools for tests: runs that a script plays, a dummy model, and no compiler."""
 
+import jax
 import numpy as np
 import pytest
 
 from oel_jax import load_model, run, testing
 from oel_jax.chat.tokenizer import load_tokenizer
-from oel_jax.data.trajectories import read
+from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.files import read_json
 from oel_jax.models.bundled import model_dir
@@ -69,19 +70,15 @@ def test_stages_without_a_compiler(dummy, tmp_path):
         return "- EXPERIENCE ITEM: go right" if "EXPERIENCE ITEM" in prompt else "[right]"
 
     config, before = tiny_config(model_path=str(dummy)), compile_seconds()
-    work = tmp_path / "run"
+    work, one = tmp_path / "run", {"devices": jax.devices()[:1]}
     with scripted(script, dummy) as made:
-        run(config, work, ["deploy", "extract"])
+        run(config, work, ["deploy", "extract"], **one)
         asked = sum(len(sampler.prompts) for sampler in made)
-        run(config, work, ["deploy", "extract"])
+        run(config, work, ["deploy", "extract"], **one)
         assert asked == sum(len(sampler.prompts) for sampler in made) > 0
         with pytest.raises(UserError, match="needs consolidate first"):
-            run(config, work, ["evaluate"])
-    games = [
-        game
-        for step in (1, 2, 3)
-        for game in read(work / f"round_001/deploy/step_{step:03d}.jsonl")
-    ]
+            run(config, work, ["evaluate"], **one)
+    games = [game for path in sorted(work.rglob("deploy_*.jsonl")) for game in read(path)]
     assert len(games) == 12
     assert {turn.action for game in games for turn in game.turns} == {"[right]"}
     texts = read_json(work / "round_001" / "knowledge" / "knowledge.json")["texts"]
