@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import copy_of, go, results, tiny_config
 
+from oel_jax import run
 from oel_jax.errors import UserError
 from oel_jax.learner import consolidate as stage
 from oel_jax.learner import rollouts
@@ -171,7 +172,6 @@ def test_a_notice_during_games_loses_none(finished_run, tmp_path, monkeypatch):
 @pytest.mark.e2e
 def test_a_round_goes_on_with_other_devices(finished_run, tmp_path, monkeypatch):
     """Eight devices for the first step, four for the second, one for the last."""
-    import tiny_run
     from safetensors.numpy import load_file
 
     made = {}
@@ -180,14 +180,13 @@ def test_a_round_goes_on_with_other_devices(finished_run, tmp_path, monkeypatch)
         for step, devices in enumerate(meshes, start=1):
             settings = {"mesh__fsdp": devices, "consolidate__keep_fp32_master": True}
             config = tiny_config(consolidate__learning_rate=5e-6, **settings)
-            mesh = make_mesh(devices, 1, jax.devices()[:devices])
-            monkeypatch.setattr(tiny_run, "make_mesh", lambda *_, mesh=mesh: mesh)
+            given = {"allow_config_change": True, "devices": jax.devices()[:devices]}
             if step < len(meshes):
                 noticed_in(monkeypatch, stage, "update", 1)
                 with pytest.raises(preemption.Preempted):
-                    go(work, config, ["consolidate"], change=True)
+                    run(config, work, ["consolidate"], **given)
             else:
-                go(work, config, ["consolidate"], change=True)
+                run(config, work, ["consolidate"], **given)
             monkeypatch.undo()
     one, fewer = (
         load_file(work / "round_001" / "policy" / "model.safetensors") for work in made.values()
