@@ -37,6 +37,7 @@ from oel_jax.parallel.mesh import make_mesh
 from oel_jax.runs.compilation import keep_compiled
 from oel_jax.runs.metrics import Metrics, table
 from oel_jax.runs.policies import start_directory
+from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir
 
 if TYPE_CHECKING:  # importing it needs the harness
@@ -99,7 +100,7 @@ def evaluate_policies(
         ]
         for job in jobs:
             _finished(opened, job)  # refuses results of other settings
-        with Metrics(opened, config.log.tensorboard) as metrics:
+        with Metrics(opened, config.log.tensorboard, Axis.of(stored)) as metrics:
             for policy in policies:
                 left = [j for j in jobs if j.policy == policy and _finished(opened, j) is None]
                 if not left:

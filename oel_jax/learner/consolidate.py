@@ -123,7 +123,7 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     tx = make_optimizer(settings)
     step_config = static_settings(config, teacher_model.cfg)
     label = f"round {round_number} consolidate"
-    traces = run.workdir.tensorboard / f"round_{round_number:03d}" / "consolidate"
+    traces = run.workdir.tensorboard
     with _checkpoints(run, round_number) as checkpoints, jax.set_mesh(run.mesh):
         student = _start(run, round_number, tx, checkpoints)
         run.metrics.rewind("consolidate", round_number, student.step)

@@ -4,8 +4,7 @@ A line of `metrics.jsonl` is
 
     {"stage": "consolidate", "round": 1, "step": 3, "values": {"loss": 0.21}, "time": {"at": ...}}
 
-where everything but `time` is the same in a resumed and in an uninterrupted run. Event files are
-written by the `tensorboard` package alone; TensorFlow is never imported. Imports no JAX.
+where everything but `time` is the same in a resumed and in an uninterrupted run. Imports no JAX.
 """
 
 import json
@@ -17,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
 from oel_jax.errors import UserError
 from oel_jax.files import write_bytes
+from oel_jax.runs.tensorboard import Axis, EventFiles, prefix
 from oel_jax.runs.workdir import Workdir
 
 Value = float | tuple[float, float]  # a number, or (sum, count), whose mean is written
@@ -34,19 +33,21 @@ Value = float | tuple[float, float]  # a number, or (sum, count), whose mean is 
 class Metrics:
     """Writes scalars, texts, histograms and settings of one run; a context manager.
 
-    Each (round, stage) is a run of its own in TensorBoard (`round_001/consolidate`), so that the
-    curves of successive rounds lie over each other. Round 0 is for what belongs to the whole run.
+    TensorBoard shows a workdir as one run, see `tensorboard`.
     """
 
-    def __init__(self, workdir: Workdir, tensorboard: bool = True):
-        self._path = workdir.metrics_file
-        self._tensorboard = workdir.tensorboard if tensorboard else None
-        self._writers: dict[Path, EventFileWriter] = {}
-        # A kill may have left half a line behind: it was never a metric.
+    def __init__(self, workdir: Workdir, tensorboard: bool = True, axis: Axis | None = None):
+        self._path, self._axis = workdir.metrics_file, axis or Axis()
+        # A kill may have left half a line: it was never a metric.
         rows = _rows(self._path)
         if self._path.exists() and b"".join(line for _, line in rows) != self._path.read_bytes():
             write_bytes(self._path, b"".join(line for _, line in rows))
         self._file = self._path.open("ab")
+        self._events = EventFiles(workdir.tensorboard) if tensorboard else None
+        if self._events is not None and self._events.empty:  # of an older version, or switched on
+            for row, _ in rows:
+                timed = {k: v for k, v in row.get("time", {}).items() if k != "at"}
+                self._show(row["stage"], row["step"], row["round"], row["values"] | timed)
 
     def scalars(
         self,
@@ -60,7 +61,7 @@ class Metrics:
 
         Args:
           stage: e.g. 'consolidate'.
-          step: optimizer step, chain step or round: the x axis of the curve.
+          step: optimizer step, chain step or round.
           values: name -> number or (sum, count); a pair with count 0 is left out. NaN and infinity
             are written as the strings "NaN", "Infinity", "-Infinity".
           round: the round, from 1; 0 = the whole run.
@@ -76,18 +77,27 @@ class Metrics:
         }
         self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            summary = summary_pb2.Summary(
-                value=[
-                    summary_pb2.Summary.Value(tag=f"{stage}/{name}", simple_value=value)
-                    for name, value in {**means, **timed}.items()
-                ]
-            )
-            self._event(stage, round, step=int(step), summary=summary)
+        if self._events is not None:
+            self._show(stage, int(step), int(round), means | timed)
 
-    def text(self, tag: str, step: int, text: str, stage: str = "text", round: int = 0) -> None:
-        """Show a text in TensorBoard (`tag` under 'Text'), line breaks kept as in the original."""
-        if self._tensorboard is None:
+    def _show(self, stage: str, step: int, round: int, values: Mapping[str, Any]) -> None:
+        """A row in TensorBoard."""
+        summary = summary_pb2.Summary(
+            value=[
+                summary_pb2.Summary.Value(tag=f"{prefix(stage)}/{name}", simple_value=float(value))
+                for name, value in values.items()
+            ]
+        )
+        if values:
+            self._events.add(summary, self._axis.place(stage, round, step))
+
+    def text(self, tag: str, step: int, text: str, stage: str, round: int = 0) -> None:
+        """Show a text in TensorBoard (`tag` under 'Text'), line breaks kept as in the original.
+
+        Args:
+          step: as for `scalars`; of an evaluation the round. The same for what follows.
+        """
+        if self._events is None:
             return
         shown = "    " + text.replace("\n", "\n    ")  # Markdown: an indented block is literal
         tensor = tensor_pb2.TensorProto(
@@ -96,15 +106,16 @@ class Metrics:
         plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
         metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
         value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
-        self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+        self._add(summary_pb2.Summary(value=[value]), step, stage, round)
 
     def histogram(
         self, tag: str, step: int, values: Sequence[float], stage: str, round: int = 0
     ) -> None:
         """Show how `values` (not empty) are distributed, in TensorBoard alone."""
-        if self._tensorboard is not None:
-            summary = histogram_pb(tag, np.asarray(values, np.float64))
-            self._event(stage, round, step=int(step), summary=summary)
+        if self._events is not None:
+            # Not the tag of the scalar, which is the mean.
+            made = histogram_pb(f"{tag}_histogram", np.asarray(values, np.float64))
+            self._add(made, step, stage, round)
 
     def bars(
         self,
@@ -116,35 +127,42 @@ class Metrics:
         round: int = 0,
     ) -> None:
         """Show bars of given heights as a histogram in TensorBoard; bar i ends at `ends[i]`."""
-        if self._tensorboard is None:
+        if self._events is None:
             return
         starts = [0.0, *ends[:-1]]
         rows = np.array([starts, ends, heights], np.float64).T
         made = histogram_pb(tag, np.zeros(1), buckets=1)  # for its metadata
         made.value[0].tensor.CopyFrom(tensor_util.make_tensor_proto(rows))
-        self._event(stage, round, step=int(step), summary=made)
+        self._add(made, step, stage, round)
 
     def image(self, tag: str, step: int, png: bytes, stage: str, round: int = 0) -> None:
         """Show a PNG in TensorBoard."""
-        if self._tensorboard is not None:
+        if self._events is not None:
             width, height = struct.unpack(">II", png[16:24])  # the header comes first in every PNG
             shown = summary_pb2.Summary.Image(
                 height=height, width=width, colorspace=3, encoded_image_string=png
             )
             value = summary_pb2.Summary.Value(tag=tag, image=shown)
-            self._event(stage, round, step=int(step), summary=summary_pb2.Summary(value=[value]))
+            self._add(summary_pb2.Summary(value=[value]), step, stage, round)
+
+    def _add(self, summary: summary_pb2.Summary, step: int, stage: str, round: int) -> None:
+        for value in summary.value:
+            value.tag = f"{prefix(stage)}/{value.tag}"
+        by_round = stage.startswith("evaluate_")
+        place = int(step) if by_round else self._axis.place(stage, round, int(step))
+        self._events.add(summary, place)
 
     def settings(
         self, fields: Mapping[str, object], results: Mapping[str, float], step: int
     ) -> None:
-        """Put the run's settings beside its results in TensorBoard's HPARAMS view.
+        """Put the run's settings next to its results in TensorBoard's HPARAMS view.
 
         Args:
           fields: dotted config path -> value; what is no number, text or flag is shown as JSON.
           results: the run's numbers so far, e.g. the pass rate after the last round.
           step: the round they were measured after.
         """
-        if self._tensorboard is None:
+        if self._events is None:
             return
         shown = {
             path: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
@@ -157,14 +175,14 @@ class Metrics:
         started = HParamsPluginData.FromString(plugin.content)
         started.session_start_info.group_name = ""
         plugin.content = started.SerializeToString()
-        self._event("hparams", 0, summary=made)
+        self._events.add(made, 0)
         summary = summary_pb2.Summary(
             value=[
                 summary_pb2.Summary.Value(tag=name, simple_value=value)
                 for name, value in results.items()
             ]
         )
-        self._event("hparams", 0, step=int(step), summary=summary)
+        self._events.add(summary, int(step))
 
     def rewind(self, stage: str, round: int, step: int) -> None:
         """Forget the rows of (stage, round) after `step`: they are about to be computed again."""
@@ -174,28 +192,20 @@ class Metrics:
             self._file.close()
             write_bytes(self._path, b"".join(kept))
             self._file = self._path.open("ab")
-            if self._tensorboard is not None:
-                # TensorBoard then drops what it has read of this run from step + 1 on.
-                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-                self._event(stage, round, step=step + 1, session_log=start)
-
-    def _event(self, stage: str, round: int, **fields: Any) -> None:
-        group = self._tensorboard / (f"round_{round:03d}" if round else "run") / stage
-        if group not in self._writers:
-            self._writers[group] = EventFileWriter(str(group), flush_secs=5)
-        self._writers[group].add_event(event_pb2.Event(wall_time=time.time(), **fields))
-
-    def flush(self) -> None:
-        """Write out what is still buffered: the process may end without `close`."""
-        for writer in self._writers.values():
-            writer.flush()
+        if self._events is not None and len(kept) < len(rows):
+            gone = {
+                (f"{prefix(stage)}/{name}", self._axis.place(stage, round, row["step"]))
+                for row, _ in rows
+                if _is_later(row, stage, round, step)
+                for name in row["values"] | row.get("time", {})
+            }
+            self._events.drop(gone)
 
     def close(self) -> None:
         """Write out what is still buffered."""
         self._file.close()
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> "Metrics":
         return self
@@ -210,7 +220,7 @@ class NoMetrics:
     def scalars(self, *_: object, **__: object) -> None:
         """Nothing."""
 
-    text = histogram = bars = image = settings = rewind = flush = scalars
+    text = histogram = bars = image = settings = rewind = scalars
 
     def __enter__(self) -> "NoMetrics":
         return self

@@ -24,6 +24,7 @@ from oel_jax.runs.console import Progress
 from oel_jax.runs.metrics import Metrics, NoMetrics, duration
 from oel_jax.runs.profiling import compile_seconds
 from oel_jax.runs.stages import Stage, function
+from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler
 from oel_jax.sampler.sampling import Sampling
@@ -165,7 +166,8 @@ def open_run(
         processes.wait("workdir is open")
         text = processes.from_first(directory.today.isoformat() if first else "")
         host = host_mesh(mesh) if processes.count() > 1 else mesh
-        with Metrics(directory, config.log.tensorboard) if first else NoMetrics() as metrics:
+        drawn, axis = config.log.tensorboard, Axis.of(config)
+        with Metrics(directory, drawn, axis) if first else NoMetrics() as metrics:
             yield Run(
                 config, directory, metrics, mesh, host, datetime.datetime.fromisoformat(text), shelf
             )
@@ -191,7 +193,6 @@ def do_stage(run: Run, round_number: int, stage: Stage) -> None:
     timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
     run.metrics.rewind(f"time_{name}", round_number, round_number - 1)
     run.metrics.scalars(f"time_{name}", round_number, {}, round=round_number, time_values=timing)
-    run.metrics.flush()
     share = f", {compiled:.1f} s of it compiling" if compiled >= 0.5 else ""
     share += ", made by another run" if taken else ""
     where = f"round {round_number}" if round_number else "start"

@@ -291,18 +291,19 @@ def test_the_picture_for_tensorboard_has_every_point_in_its_place(finished_run):
 def test_tensorboard_gets_games_lengths_settings_and_the_picture(finished_run, tmp_path):
     root = copy_of(finished_run, tmp_path / "run", "evaluate")
     go(root, tiny_config(log__tensorboard=True))
-    place = root / "tensorboard"
-    events = EventAccumulator(str(place / "run" / "figures")).Reload()
-    assert events.Images("pass_rate")[0].encoded_image_string == report.figure(Workdir(root))
-    events = EventAccumulator(str(place / "round_001" / "evaluate_consolidated")).Reload()
-    shown = events.Tensors("game")[0].tensor_proto.string_val[0].decode()
+    events = EventAccumulator(str(root / "tensorboard")).Reload()
+    assert events.Images("figures/pass_rate")[0].encoded_image_string == report.figure(
+        Workdir(root)
+    )
+    shown = events.Tensors("evaluate/game")[-1].tensor_proto.string_val[0].decode()
     game = read_json(root / "round_001/evaluate/consolidated.samples.json")["games"][0]
     for text in (game["turns"][0]["response"], game["outcome"].strip().splitlines()[0]):
         assert text in shown
-    buckets = tensor_util.make_ndarray(events.Tensors("response_tokens")[0].tensor_proto)
+    buckets = tensor_util.make_ndarray(
+        events.Tensors("evaluate/response_tokens_histogram")[-1].tensor_proto
+    )
     result = read_json(root / "round_001/evaluate/consolidated.json")
     assert buckets[:, 2].sum() == pytest.approx(result["turns"] * result["games"])
-    events = EventAccumulator(str(place / "run" / "hparams")).Reload()
     assert events.Scalars("final/pass_rate")[0].value == pytest.approx(result["pass_rate"])
 
 

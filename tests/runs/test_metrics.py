@@ -15,6 +15,7 @@ from tensorboard.util import tensor_util
 
 from oel_jax.errors import UserError
 from oel_jax.runs.metrics import Metrics, duration, printable, read, table
+from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir
 
 
@@ -34,50 +35,143 @@ def test_rows_hold_means_and_keep_time_apart(tmp_path):
     assert not w.tensorboard.exists()
 
 
-def test_tensorboard_reads_scalars_and_texts_back(tmp_path):
+AXIS = Axis({"consolidate": 3, "evaluate_consolidated": 3, "extract": 2, "evaluate_skills": 3})
+
+
+def shown(workdir):
+    """The one run of a workdir, as TensorBoard reads it."""
+    files = EventMultiplexer().AddRunsFromDirectory(str(workdir.root)).Reload()
+    assert list(files.Runs()) == ["tensorboard"]
+    return EventAccumulator(str(workdir.tensorboard), size_guidance={"scalars": 0}).Reload()
+
+
+def curve(workdir, tag):
+    return [(event.step, event.value) for event in shown(workdir).Scalars(tag)]
+
+
+def test_tensorboard_shows_one_run_with_steps_that_are_global_over_rounds(tmp_path):
     w = Workdir(tmp_path)
-    with Metrics(w) as metrics:
-        for step in (1, 2, 3):
-            metrics.scalars("consolidate", step, {"loss": 1 / step}, round=2)
-        metrics.text("knowledge", 1, "- H loses\n- <b>G</b> wins", stage="extract", round=2)
-        metrics.scalars("evaluate", 2, {"pass_rate": 0.5})
-    events = EventAccumulator(str(w.tensorboard / "round_002" / "consolidate")).Reload()
-    scalars = events.Scalars("consolidate/loss")
-    assert [event.step for event in scalars] == [1, 2, 3]
-    assert scalars[2].value == pytest.approx(1 / 3)
-    events = EventAccumulator(str(w.tensorboard / "round_002" / "extract")).Reload()
-    (event,) = events.Tensors("knowledge")
-    assert event.tensor_proto.string_val[0] == b"    - H loses\n    - <b>G</b> wins"
-    events = EventAccumulator(str(w.tensorboard / "run" / "evaluate")).Reload()
-    assert events.Scalars("evaluate/pass_rate")[0].step == 2
+    with Metrics(w, axis=AXIS) as metrics:
+        metrics.scalars("evaluate_start", 0, {"pass_rate": 0.25})
+        for number in (1, 2):
+            for step in (1, 2):
+                metrics.scalars("extract", step, {"tokens": 4}, round=number)
+            for step in (1, 2, 3):
+                values = {"loss": 4.0**-step, "bad": float("inf")}
+                metrics.scalars("consolidate", step, values, number, time_values={"tokens/s": 9})
+                metrics.histogram("response_tokens", step, [1, 2], "consolidate", number)
+            metrics.scalars("evaluate_consolidated", 3, {"pass_rate": 0.25 + number / 4}, number)
+            metrics.scalars("preflight", number, {"gain": 0.5}, round=number)
+            metrics.scalars("time_deploy", number, {}, number, time_values={"deploy_seconds": 2})
+            metrics.text("knowledge", 2, "- H loses\n- <b>G</b> wins", "extract", number)
+            metrics.text("game", number, "won", "evaluate_consolidated", number)
+    steps = [(step, 4.0 ** -(1 + (step - 1) % 3)) for step in range(1, 7)]
+    assert curve(w, "consolidate/loss") == steps
+    assert [value for _, value in curve(w, "consolidate/bad")] == [float("inf")] * 6
+    assert curve(w, "evaluate/pass_rate") == [(0, 0.25), (3, 0.5), (6, 0.75)]
+    assert [step for step, _ in curve(w, "extract/tokens")] == [1, 2, 3, 4]
+    assert curve(w, "preflight/gain") == [(1, 0.5), (2, 0.5)]
+    assert curve(w, "time/deploy_seconds") == [(1, 2.0), (2, 2.0)]
+    tensors = shown(w).Tensors("extract/knowledge")
+    assert [event.step for event in tensors] == [2, 4]
+    assert tensors[0].tensor_proto.string_val[0] == b"    - H loses\n    - <b>G</b> wins"
+    assert [event.step for event in shown(w).Tensors("evaluate/game")] == [1, 2]
+    histograms = shown(w).Tensors("consolidate/response_tokens_histogram")
+    assert [event.step for event in histograms] == [1, 2, 3, 4, 5, 6]
 
 
 def test_tensorboard_reads_histograms_and_settings_back(tmp_path):
     w = Workdir(tmp_path / "run")
     w.root.mkdir()
     lengths = [20, 26, 26, 26]
-    for number in (1, 2):  # a resumed run writes into the same group
+    for number in (1, 2):  # the second time as a resumed run
         with Metrics(w) as metrics:
             metrics.histogram("response_tokens", number, lengths, "evaluate_start")
             fields = {"loss.top_k": 16, "model.thinking": True, "evaluate.curve": [1, 5]}
             metrics.settings(fields, {"final/pass_rate": number / 4}, step=number)
-    events = EventAccumulator(str(w.tensorboard / "run" / "evaluate_start")).Reload()
-    buckets = tensor_util.make_ndarray(events.Tensors("response_tokens")[0].tensor_proto)
+    events = shown(w)
+    made = events.Tensors("evaluate/response_tokens_histogram")
+    buckets = tensor_util.make_ndarray(made[0].tensor_proto)
     assert buckets[:, 2].sum() == 4 and (buckets[0, 0], buckets[-1, 1]) == (20, 26)
     assert buckets[0, 2] == 1 and buckets[-1, 2] == 3
-    events = EventAccumulator(str(w.tensorboard / "run" / "hparams")).Reload()
-    finals = {event.step: event.value for event in events.Scalars("final/pass_rate")}
-    assert finals == {1: 0.25, 2: 0.5}
+    assert curve(w, "final/pass_rate") == [(1, 0.25), (2, 0.5)]
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     started = parse_session_start_info_plugin_data(content)
     assert started.group_name == ""  # see the test of two runs whose directories share a name
     assert started.hparams["loss.top_k"].number_value == 16
     assert started.hparams["model.thinking"].bool_value is True
     assert started.hparams["evaluate.curve"].string_value == "[1, 5]"
-    with Metrics(w, tensorboard=False) as metrics:
+    other = Workdir(tmp_path / "other")
+    other.root.mkdir()
+    with Metrics(other, tensorboard=False) as metrics:
         metrics.settings({}, {}, step=1)
         metrics.histogram("x", 1, [1.0], "evaluate")
-    assert not (w.tensorboard / "run" / "evaluate").exists()
+    assert not other.tensorboard.exists()
+
+
+def test_a_point_that_is_written_again_is_there_once(tmp_path):
+    """Whatever the kind, in one process and after a kill."""
+    w = Workdir(tmp_path)
+    for last in (3, 5):  # the second time as a run that was killed and resumed
+        with Metrics(w, axis=AXIS) as metrics:
+            for step in (1, 2, last):
+                metrics.histogram("lengths", 2, [1, last], "consolidate", 1)
+                metrics.text("game", 1, str(last), "evaluate_start")
+                metrics.settings({"seed": last}, {"final/x": last}, step=1)
+                metrics.scalars("evaluate_skills", 0, {"skill": last})
+                metrics.scalars("consolidate", step, {"loss": last}, round=1)
+    events = shown(w)
+    for tag in ("consolidate/lengths_histogram", "evaluate/game", "_hparams_/session_start_info"):
+        assert len(events.Tensors(tag)) == 1, tag
+    assert events.Tensors("evaluate/game")[0].tensor_proto.string_val[0] == b"    5"
+    assert curve(w, "final/x") == [(1, 5)] and curve(w, "evaluate_skills/skill") == [(0, 5)]
+    assert curve(w, "consolidate/loss") == [(3, 3), (1, 5), (2, 5), (5, 5)]
+
+
+def test_event_files_survive_a_kill_at_any_byte(tmp_path):
+    """A file that ends within a record; events that were being written anew; what is kept."""
+    straight = Workdir(tmp_path / "straight")
+    straight.root.mkdir()
+    with Metrics(straight, axis=AXIS) as metrics:
+        for step in (1, 2, 3):
+            metrics.scalars("consolidate", step, {"loss": step}, round=1)
+    (file,) = straight.tensorboard.iterdir()
+    data = file.read_bytes()
+    for end in range(len(data) + 1):
+        w = Workdir(tmp_path / str(end))
+        w.tensorboard.mkdir(parents=True)
+        (w.tensorboard / file.name).write_bytes(data[:end])
+        (w.tensorboard / ".anew.tmp").write_bytes(data[: end // 2])
+        with Metrics(w, axis=AXIS) as metrics:
+            for step in (2, 3):
+                metrics.scalars("consolidate", step, {"loss": step}, round=1)
+        found = curve(w, "consolidate/loss")
+        assert found in ([(1, 1), (2, 2), (3, 3)], [(2, 2), (3, 3)]), end
+    both = Workdir(tmp_path / "both")  # killed before the old file was deleted
+    both.tensorboard.mkdir(parents=True)
+    for number in (1, 2):
+        name = f"events.out.tfevents.{number:010d}.oel_jax"
+        (both.tensorboard / name).write_bytes(data)
+    Metrics(both, axis=AXIS).close()
+    assert curve(both, "consolidate/loss") == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_rows_of_an_older_layout_are_shown_in_the_new_one(tmp_path):
+    w = Workdir(tmp_path)
+    with Metrics(w, tensorboard=False) as metrics:
+        for step in (1, 2, 3):
+            values = {"loss": step if step != 2 else float("nan")}
+            metrics.scalars("consolidate", step, values, 2, time_values={"tokens/s": 7})
+    older = w.tensorboard / "round_002" / "consolidate"
+    older.mkdir(parents=True)
+    (older / "events.out.tfevents.1.host").write_bytes(b"")
+    (older / "plugins").mkdir()
+    for _ in range(2):
+        Metrics(w, axis=AXIS).close()
+        found = curve(w, "consolidate/loss")
+        assert [step for step, _ in found] == [4, 5, 6] and found[1][1] != found[1][1]
+        assert curve(w, "consolidate/tokens/s") == [(4, 7), (5, 7), (6, 7)]
+    assert (older / "plugins").is_dir()
 
 
 def test_runs_whose_directories_share_a_name_keep_their_own_numbers(tmp_path):
@@ -94,11 +188,11 @@ def test_runs_whose_directories_share_a_name_keep_their_own_numbers(tmp_path):
     provider = SimpleNamespace(data_provider=MultiplexerDataProvider(files, str(tmp_path)))
     request = api_pb2.ListSessionGroupsRequest(allowed_statuses=[0, 1, 2, 3], slice_size=100)
     answer = list_session_groups.Handler(RequestContext(), Context(provider), "", request).run()
-    shown = {
-        group.name.removesuffix("/tensorboard/run/hparams"): group.metric_values[0].value
+    trials = {
+        group.name.removesuffix("/tensorboard"): group.metric_values[0].value
         for group in answer.session_groups
     }
-    assert shown == wanted
+    assert trials == wanted
     assert all(len(group.sessions) == 1 for group in answer.session_groups)
 
 
@@ -121,8 +215,8 @@ def test_a_rewound_run_equals_an_uninterrupted_one(tmp_path):
         for step in range(3, 6):
             metrics.scalars("consolidate", step, {"x": step}, round=1)
     assert without_time(broken.metrics_file) == without_time(straight.metrics_file)
-    events = EventAccumulator(str(broken.tensorboard / "round_001" / "consolidate")).Reload()
-    assert [event.value for event in events.Scalars("consolidate/x")] == [1, 2, 3, 4, 5]
+    assert curve(broken, "consolidate/x") == [(step, step) for step in range(1, 6)]
+    assert curve(broken, "evaluate/x") == [(0, 9)]
 
 
 def test_rewind_touches_only_its_stage_and_round(tmp_path):

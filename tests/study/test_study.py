@@ -12,6 +12,7 @@ import jax
 import pytest
 from tiny_run import ROOT, contents, go, opened, results, tiny_config
 
+from oel_jax.config.command_line import read_overrides
 from oel_jax.config.field import PARTS
 from oel_jax.config.fields import is_free, leaves, unaffected
 from oel_jax.config.file import load_module
@@ -814,7 +815,7 @@ def test_what_the_command_refuses(finished_study, tmp_path, capsys, one_device):
 def test_fields_of_all_variants_are_set_on_the_command_line(tmp_path):
     file = _file(tmp_path / "tiny.py", "()")
     given = ["--config.rounds=2", "--config.model.path=nano:tiny", "--config.evaluate.curve=(1,2)"]
-    study = load(str(file), [4, 5], command.config_changes(given))
+    study = load(str(file), [4, 5], read_overrides(given))
     for one in runs(study, tmp_path):
         assert (one.config.rounds, one.config.model.path) == (2, "nano:tiny")
         assert one.config.evaluate.curve == (1, 2) and one.seed == one.config.seed
