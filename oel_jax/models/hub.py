@@ -19,7 +19,7 @@ from oel_jax.models.weight_files import INDEX, incomplete
 WAITS = (2.0, 5.0, 15.0)  # seconds between tries
 # Seconds after which no further try begins. The hub client tries single requests again too, for
 # some 20 s where nothing answers: whoever waits is told within a minute.
-PATIENCE = 25.0
+PATIENCE = 28.0
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
