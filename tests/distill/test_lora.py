@@ -376,6 +376,7 @@ def test_an_interrupted_round_goes_on_to_the_same_bits(
         assert mine.read_bytes() == theirs.read_bytes(), name
 
 
+@pytest.mark.e2e
 def test_policies_inside_a_round_and_stability_options(finished_run, tmp_path):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     options = dict(

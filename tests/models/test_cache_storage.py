@@ -118,6 +118,7 @@ def same_answers(first: list, second: list) -> None:
         np.testing.assert_array_equal(log_probs, other_log_probs)
 
 
+@pytest.mark.slow
 def test_a_merged_and_padded_cache_gives_the_same_answers(monkeypatch):
     """What a TPU stores for heads of 64, run here."""
     plain = answers("float32")
@@ -126,6 +127,7 @@ def test_a_merged_and_padded_cache_gives_the_same_answers(monkeypatch):
     same_answers(plain, answers("float32"))
 
 
+@pytest.mark.slow
 def test_bits_give_the_same_answers_as_numbers(monkeypatch):
     bits = answers("bfloat16")
     jax.clear_caches()  # programs are found by their functions, which do not change
