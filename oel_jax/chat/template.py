@@ -1,148 +1,276 @@
-"""Turns a chat template into a form that a user's text cannot break out of.
+"""A chat template that outside text cannot break out of.
 
-A template is rendered once with a stand-in for the user's message. The text around the stand-in is
-the template's own and is split at control tokens; the user's text is filled in only afterwards and
-encoded as plain text. So whatever the text contains, the control tokens of a prompt are those of
-the template. (Rendering the text itself and tokenising the result, as is usual, would turn an
-`<|im_end|>` on a game board into the end of the user's turn.)
+A template renders a whole conversation, as in transformers. The text of messages goes in as strings
+that know where they come from (`Traced`), so that afterwards each character is the template's or
+from outside, even where the template stripped, split or dropped parts of a message. The template's
+text is split at control tokens; the rest is encoded as plain text. So whatever a message contains,
+the control tokens of a prompt are those of the template. (Tokenising the rendered text as a whole,
+as is usual, would turn an `<|im_end|>` on a game board into the end of the user's turn.)
 """
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from string import printable
+from typing import Any
 
 from oel_jax.chat.control_tokens import ControlToken, Part, split, swallow_blanks
-from oel_jax.chat.template_environment import Render, renderer
+from oel_jax.chat.messages import Message, Origins, trace
+from oel_jax.chat.template_environment import Renderer
+from oel_jax.chat.traced import OUTSIDE, TEMPLATE, Traced, origin_of, plain
 from oel_jax.data.answers import leaves_open
 from oel_jax.errors import UserError
 
 # Holds characters that a template would have to change if it escaped, quoted or re-cased messages.
 _STAND_IN = "oelUserText<&\"'\\>7f3a"
-# What templates do to the ends of a message; Llama-3 strips it.
-_STRIPS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    str.strip,
-    str.lstrip,
-    str.rstrip,
-    lambda text: text.strip("\n"),
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
-)
 _ENDS = ("", " ", "\n", "\n ", " \n", "\t", "\u3000", "\x1c")
 
-Message = str | Sequence[str | ControlToken]
+# A label is 2 * (number of the message + 1) + (1 if an assistant said it), as one character.
+_NOBODY = chr(0)
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A rendered template.
+class RenderedText:
+    """A rendered conversation, before it is encoded.
 
     Attributes:
-        before: the template's text in front of the user's message.
-        after: the text behind it, which ends where the model's response begins.
-        strip: what the template does to the ends of a message.
+        text: the template's rendering, traced.
         control: all tokens to recognise in the template's text.
+        origins: what the sources in `text` are.
+        labels: one character for each of the text's, see `label`.
     """
 
-    before: str
-    after: str
-    strip: Callable[[str], str]
+    text: str
     control: tuple[ControlToken, ...]
+    origins: Origins
+    labels: str
 
     @property
     def opens_thought(self) -> bool:
         """Whether a response begins inside a thought, since the template has written `<think>`."""
-        return leaves_open(self.after)
+        own = (c if ord(o) >> 1 == TEMPLATE else "\0" for c, o in self._characters())
+        return leaves_open("".join(own))
 
-    def shown(self, text: str) -> str:
-        """The prompt for a message as one string, as the template renders it."""
-        return self.before + self.strip(text) + self.after
+    @property
+    def template_text(self) -> str:
+        """The characters that the template itself has written."""
+        return "".join(c for c, o in self._characters() if ord(o) >> 1 == TEMPLATE)
 
-    def fill(self, message: Message) -> list[Part]:
-        """The prompt for a message: control tokens, and pieces of plain text between them.
+    @property
+    def outside_text(self) -> str:
+        """The characters from outside."""
+        return "".join(c for c, o in self._characters() if ord(o) >> 1 != TEMPLATE)
 
-        Text of the template that touches the user's text is in one piece with it, so that the
-        tokens at the seam are those of an ordinary tokenisation.
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """The messages, tool calls and tools that have text of which the template shows none."""
+        shown = {self.origins.name(ord(code) >> 1) for code in set(origin_of(self.text))}
+        return tuple(
+            name for source in sorted(self.origins.used)
+            if (name := self.origins.name(source)) not in shown
+        )  # fmt: skip
 
-        Args:
-            message: plain text; or pieces of it with control tokens that are known to be genuine.
+    def parts(self) -> list[tuple[Part, str]]:
+        """The conversation in parts, each with its labels.
+
+        Control tokens have one label; pieces of plain text between them have one for each
+        character. Text of the template that touches outside text is in one piece with it, so that
+        the tokens at the seam are those of an ordinary tokenisation.
         """
-        middle = self._stripped([message] if isinstance(message, str) else message)
-        inner = "".join(part if isinstance(part, str) else part.text for part in middle)
-        parts: list[Part] = [
-            *split(self.before, self.control, "", inner + self.after),
-            *middle,
-            *split(self.after, self.control, self.before + inner, ""),
-        ]
-        return swallow_blanks(_joined(parts))
+        pieces: list[Part] = []
+        token_labels: list[str] = []
+        end = 0
+        for piece in self._split():
+            width = len(piece.text if isinstance(piece, ControlToken) else piece)
+            labels = self.labels[end : end + width]
+            end += width
+            if isinstance(piece, ControlToken):
+                pieces.append(piece)
+                token_labels.append(_strongest(labels))
+            elif pieces and isinstance(pieces[-1], str):
+                pieces[-1] += Traced(plain(piece), labels)
+            else:
+                pieces.append(Traced(plain(piece), labels))
+        following = iter(token_labels)
+        return [
+            (part, next(following)) if isinstance(part, ControlToken)
+            else (plain(part), origin_of(part))
+            for part in swallow_blanks(pieces)
+        ]  # fmt: skip
 
-    def _stripped(self, message: Sequence[Part]) -> list[Part]:
-        """The message as the template shows it; tokens inside it stop the stripping."""
-        if len(message) == 1 and isinstance(message[0], str):
-            return [self.strip(message[0])]
-        parts = list(message)
-        # A letter stands for what is not an end of the message.
-        if parts and isinstance(parts[0], str):
-            parts[0] = self.strip(parts[0] + "x")[:-1]
-        if parts and isinstance(parts[-1], str):
-            parts[-1] = self.strip("x" + parts[-1])[1:]
-        return parts
+    def _characters(self) -> Iterable[tuple[str, str]]:
+        return zip(plain(self.text), origin_of(self.text), strict=True)
+
+    def _split(self) -> list[Part]:
+        """All of the text as the template's control tokens and other text, in order."""
+        found: list[Part] = []
+        end = 0
+        for kind, codes in groupby(origin_of(self.text), self._kind):
+            start, end = end, end + sum(1 for _ in codes)
+            run = self.text[start:end]
+            if kind == TEMPLATE:
+                before, after = self.text[max(start - 1, 0) : start], self.text[end : end + 1]
+                found += split(run, self.control, plain(before), plain(after))
+            elif kind == OUTSIDE:
+                found.append(run)
+            else:
+                token = self.origins.tokens[kind][1]
+                times, rest = divmod(len(run), len(token.text))
+                if rest or plain(run) != token.text * times:
+                    raise UserError(
+                        f"chat_template changes the token {token.text!r} inside a message to "
+                        f"{plain(run)!r}; use a template that does not"
+                    )
+                found += [token] * times
+        return found
+
+    def _kind(self, code: str) -> int:
+        """TEMPLATE, OUTSIDE or the source of a genuine token."""
+        source = ord(code) >> 1
+        return source if source == TEMPLATE or source in self.origins.tokens else OUTSIDE
 
 
-def _joined(parts: Iterable[Part]) -> list[Part]:
-    """Neighbouring texts, made one."""
-    joined: list[Part] = []
-    for part in parts:
-        if joined and isinstance(part, str) and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined
+def _strongest(labels: str) -> str:
+    """The label of a token that holds these characters: an assistant's, or else a message's."""
+    return max(labels, key=lambda label: (ord(label) & 1, label != _NOBODY), default=_NOBODY)
 
 
-def prompt(
-    template: str,
-    control: Iterable[ControlToken],
-    special_texts: Mapping[str, str],
-    *,
-    thinking: bool,
-    today: datetime.datetime | None = None,
-) -> Prompt:
-    """Renders `template` for one user message and the generation prompt.
+def label_of(labels: str, start: int, end: int) -> tuple[int, bool]:
+    """(number of the message or -1, whether an assistant said it) for a token of a text.
 
     Args:
-        template: Jinja source of a Hugging Face chat template.
-        control: all tokens to recognise in the template's text.
-        special_texts: `bos_token` and the like, variables of the template.
-        thinking: passed on as `enable_thinking`; templates without it ignore it.
-        today: the date that the template shows, if it shows one; now, if not given.
-
-    Raises:
-        UserError: the template fails, or does not show the user's message as it is.
+        labels: of the text, see `RenderedText.parts`.
+        start: the token's first character.
+        end: the character after its last one.
     """
-    render = renderer(template, special_texts, today or datetime.datetime.now())
-    text = render(_STAND_IN, thinking)
-    before, found, after = text.partition(_STAND_IN)
-    if not found or _STAND_IN in after:
-        raise UserError(
-            "chat_template does not show the user's message exactly once and unchanged; use a "
-            "template that does"
-        )
-    strip = _strip(render, thinking, before, after)
-    return Prompt(before, after, strip, tuple(control))
+    code = ord(_strongest(labels[start : max(end, start + 1)]))
+    return code // 2 - 1, bool(code & 1)
 
 
-def _strip(render: Render, thinking: bool, before: str, after: str) -> Callable[[str], str]:
-    """Which of `_STRIPS` the template does; found by trying."""
-    texts = [left + _STAND_IN + right for left, right in product(_ENDS, _ENDS)]
-    texts.append(f"{_STAND_IN}\n\n \t  {printable} é\u3000{_STAND_IN}")
-    shown = [render(text, thinking) for text in texts]
-    for strip in _STRIPS:
-        if shown == [before + strip(text) + after for text in texts]:
-            return strip
-    raise UserError(
-        "chat_template changes the user's message in a way that is not supported, such as blanks "
-        "inside it; have it show the message as it is, or with `| trim`"
-    )
+class ChatTemplate:
+    """The chat template of a model."""
+
+    def __init__(
+        self,
+        template: str,
+        control: Iterable[ControlToken],
+        special_texts: Mapping[str, str],
+        today: datetime.datetime | None = None,
+    ):
+        """Compiles a template.
+
+        Args:
+            template: Jinja source of a Hugging Face chat template.
+            control: all tokens to recognise in the template's text.
+            special_texts: `bos_token` and the like, variables of the template.
+            today: the date that the template shows, if it shows one; now, if not given.
+
+        Raises:
+            UserError: the source is not Jinja.
+        """
+        self._control = {token.id: token for token in control}
+        texts = sorted((token.text for token in self._control.values()), key=len, reverse=True)
+        self._built = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._renderer = Renderer(template, special_texts, today or datetime.datetime.now())
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+    ) -> RenderedText:
+        """Renders a conversation; see `Tokenizer.render`.
+
+        Raises:
+            UserError: a message is malformed; the template fails; or it builds a control token of
+                text from outside.
+        """
+        made, schemas, origins = trace(messages, tools, self._control)
+        try:
+            text = self._text(made, schemas, add_generation_prompt, thinking)
+        except UserError:
+            if all("content" in message for message in made):
+                raise
+            # Some templates read the content of every message.
+            made = [{"content": ""} | message for message in made]
+            text = self._text(made, schemas, add_generation_prompt, thinking)
+        if self._built is not None:
+            _refuse_built_tokens(text, self._built, origins)
+        roles = [message["role"] for message in made]
+        labels = _labels(text, roles, origins, self._renderer.marks_answers)
+        return RenderedText(text, tuple(self._control.values()), origins, labels)
+
+    def _text(self, messages: Any, tools: Any, prompt: bool, thinking: bool | None) -> str:
+        return self._renderer(messages, tools, add_generation_prompt=prompt, thinking=thinking)
+
+    def check(self, thinking: bool | None) -> RenderedText:
+        """The prompt for a stand-in, after a look at what the template does to messages.
+
+        Raises:
+            UserError: the template fails for one user message, or does not show it as it is.
+        """
+        first = self._lone(_STAND_IN, thinking)
+        if first.outside_text != _STAND_IN:
+            raise UserError(
+                "chat_template does not show the user's message exactly once and unchanged; use a "
+                "template that does"
+            )
+        texts = [left + _STAND_IN + right for left, right in product(_ENDS, _ENDS)]
+        texts.append(f"{_STAND_IN}\n\n \t  {printable} é\u3000{_STAND_IN}")
+        for text in texts:
+            made = self._lone(text, thinking)
+            shown = made.outside_text
+            whole = plain(made.text) == plain(first.text).replace(_STAND_IN, shown)
+            if not whole or shown not in text or text.strip() not in shown:
+                raise UserError(
+                    "chat_template changes the user's message in a way that is not supported, such "
+                    "as blanks inside it; have it show the message as it is, or with `| trim`"
+                )
+        return first
+
+    def _lone(self, text: str, thinking: bool | None) -> RenderedText:
+        return self.render([{"role": "user", "content": text}], thinking=thinking)
+
+
+def _refuse_built_tokens(text: str, pattern: re.Pattern[str], origins: Origins) -> None:
+    """UserError for a control token that is made of outside text, although no message spells it.
+
+    A template that writes `'<|' + message.name + '|>'` means a control token, but the name is text
+    from outside.
+    """
+    codes = origin_of(text)
+    for match in pattern.finditer(plain(text)):
+        kinds = {ord(code) >> 1 for code in codes[match.start() : match.end()]}
+        built = kinds - {TEMPLATE} and not kinds & origins.tokens.keys()
+        if built and not any(match[0] in one for one in origins.texts):
+            raise UserError(
+                f"chat_template builds {match[0]!r} from the text of a message, but text from "
+                "outside never becomes a control token; write the token out in the template"
+            )
+
+
+def _labels(text: str, roles: Sequence[str], origins: Origins, marked: bool) -> str:
+    """One label for each character.
+
+    Args:
+        marked: the template says itself, with `{% generation %}`, what an assistant said.
+    """
+    codes = origin_of(text)
+    owners = [origins.message(ord(code) >> 1) for code in codes]
+    said = [bool(ord(code) & 1) for code in codes]
+    if not marked:
+        said = [owner >= 0 and roles[owner] == "assistant" for owner in owners]
+        last, gap = -1, 0  # the message of the last text from outside; the template's text since
+        for index, owner in enumerate(owners):
+            if ord(codes[index]) >> 1 == TEMPLATE:
+                gap += 1
+                continue
+            if owner == last and said[index] and gap:
+                owners[index - gap : index] = [owner] * gap
+                said[index - gap : index] = [True] * gap
+            last, gap = owner, 0
+    return "".join(chr(2 * (o + 1) + s) for o, s in zip(owners, said, strict=True))

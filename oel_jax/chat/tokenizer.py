@@ -23,20 +23,30 @@ refused.
 
 import datetime
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oel_jax.chat import template
 from oel_jax.chat.control_tokens import ControlToken, Part
+from oel_jax.chat.messages import Message
 from oel_jax.chat.plain_text import is_plain, kinds, plain_tokenizers
-from oel_jax.data import answers
+from oel_jax.chat.tokenizer_files import (
+    KEPT,
+    added_tokens,
+    chat_templates,
+    optional_object,
+    read_config,
+    special_texts,
+    stop_ids,
+)
+from oel_jax.chat.traced import plain
 from oel_jax.errors import UserError
 from oel_jax.files import read_object
 
-_KEPT = (answers.OPEN, answers.CLOSE)
+_FLAGS = ("id", "special", "lstrip", "rstrip", "single_word", "normalized")
 # What both ways of making ids are compared on: blanks at the ends and inside, digits, scripts.
 _PROBES = (
     "You play a game. Go up or down: [up]",
@@ -45,6 +55,34 @@ _PROBES = (
     " Äé e\u0301 √ 中文 한 \U0001f600 ﬁ ½\u3000",
     "x",
 )
+
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as a model reads it.
+
+    Attributes:
+        ids: token ids, n of them.
+        assistant_mask: n flags: the id holds text that an assistant's message gave. Where the
+            template has `{% generation %}` blocks, these say it, as in transformers. Elsewhere it
+            is the message's own text, and what the template writes between two pieces of it (the
+            end of a thought, the frame of a tool call); the header and the end of the turn are not.
+        messages: n numbers: the message whose text the id holds (the first of them, where two
+            share an id), or -1 for the template's own text.
+        unseen: what has text of which the template shows nothing: 'messages[0]',
+            'messages[3].tool_calls', 'tools'. Templates drop what they do not know, in silence.
+        opens_thought: a response begins inside a thought, since the template has written
+            `<think>`.
+    """
+
+    ids: tuple[int, ...]
+    assistant_mask: tuple[bool, ...]
+    messages: tuple[int, ...]
+    unseen: tuple[str, ...]
+    opens_thought: bool
 
 
 class Tokenizer(ABC):
@@ -72,11 +110,12 @@ class Tokenizer(ABC):
         self.control = {token.id: token for token in control}
         self._directory = directory
         self._today = today
-        self._specials = _special_texts(config)
-        self._template = _template(directory, config)
-        self._prompts: dict[bool, template.Prompt] = {}
+        self._specials = special_texts(config)
+        self._sources = chat_templates(directory, config)
+        self._templates: dict[str, template.ChatTemplate] = {}
+        self._opens: dict[bool | None, bool] = {}
         ids = {token.text: token.id for token in control}
-        self.stop_ids = _stop_ids(directory, ids.get(self._specials.get("eos_token", "")))
+        self.stop_ids = stop_ids(directory, ids.get(self._specials.get("eos_token", "")))
         pad = ids.get(self._specials.get("pad_token", ""))
         self.pad_id = self.stop_ids[0] if pad is None else pad
 
@@ -91,6 +130,69 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids: special tokens dropped, `<think>` and `</think>` kept."""
+
+    @abstractmethod
+    def encode_spans(self, text: str, *, first: bool = True) -> tuple[list[int], list[Span]]:
+        """Ids as `encode` gives them, with [start, end) of the characters that each stands for."""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+    ) -> Rendered:
+        """Ids of a conversation in the model's chat template, and which of them are an answer's.
+
+        The ids are those of transformers' `apply_chat_template(tokenize=True)`, as long as no text
+        of a message or a tool spells out a control token. Where one does, it stays plain text: the
+        control tokens are those that the template writes, and no others. What the template does to
+        messages (strips them, drops earlier thoughts, leaves out a role) is done here too.
+
+        Args:
+            messages: at least one, as in OpenAI's chat format. `role` is one of system, developer,
+                user, assistant, tool. `content` is a text, or a list of parts that follow each
+                other with nothing between them: texts, `{"type": "text", "text": ...}`, and ids of
+                control tokens that belong there (whoever gives ids vouches for them). An
+                assistant's message may lack it. Other keys (`reasoning_content`, `tool_calls`,
+                `tool_call_id`, `name`) go to the template as they are; keys with None are left out.
+            tools: JSON schemas of the functions that the model may call.
+            add_generation_prompt: end with the beginning of an assistant's message.
+            thinking: thinking flag of the template (`enable_thinking`); None leaves it out.
+
+        Raises:
+            UserError: the model directory has no usable chat template; the template refuses the
+                conversation; a message is malformed (the error names it).
+        """
+        made = self._template(thinking, tools)
+        try:
+            text = made.render(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                thinking=thinking,
+            )
+            parts = text.parts()
+        except UserError as error:
+            raise UserError(f"{self._directory}: {error}") from error
+        ids: list[int] = []
+        labels: list[tuple[int, bool]] = []
+        for index, (part, letters) in enumerate(parts):
+            if isinstance(part, ControlToken):
+                ids.append(part.id)
+                labels.append(template.label_of(letters, 0, 1))
+            else:
+                found, spans = self.encode_spans(part, first=index == 0)
+                ids += found
+                labels += [template.label_of(letters, *span) for span in spans]
+        return Rendered(
+            ids=tuple(ids),
+            assistant_mask=tuple(said for _, said in labels),
+            messages=tuple(message for message, _ in labels),
+            unseen=text.unseen,
+            opens_thought=text.opens_thought,
+        )
 
     def chat(self, message: str | Sequence[str | int], *, thinking: bool) -> list[int]:
         """Ids of one user message and the generation prompt (spec 4.1).
@@ -107,9 +209,12 @@ class Tokenizer(ABC):
 
     def chat_parts(self, message: str | Sequence[str | int], *, thinking: bool) -> list[Part]:
         """The prompt of `chat` as control tokens and the plain text between them."""
-        if not isinstance(message, str):
-            message = [part if isinstance(part, str) else self.control[part] for part in message]
-        return self._prompt(thinking).fill(message)
+        made = self._template(thinking)
+        try:
+            rendered = made.render([{"role": "user", "content": message}], thinking=thinking)
+            return [part for part, _ in rendered.parts()]
+        except UserError as error:
+            raise UserError(f"{self._directory}: {error}") from error
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """Ids of a prompt that is given in parts."""
@@ -123,35 +228,43 @@ class Tokenizer(ABC):
 
     def opens_thought(self, *, thinking: bool) -> bool:
         """Whether a response begins inside a thought, since the template has written `<think>`."""
-        return self._prompt(thinking).opens_thought
+        self._template(thinking)
+        return self._opens[thinking]
 
-    def _prompt(self, thinking: bool) -> template.Prompt:
-        """The template rendered with this flag; made and checked when it is first asked for."""
-        if self._template is None:
+    def _template(
+        self, thinking: bool | None, tools: Sequence[Any] | None = None
+    ) -> template.ChatTemplate:
+        """The chat template, checked with this flag when it is first asked for."""
+        if not self._sources:
             raise UserError(
                 f"{self._directory} has no chat template: add chat_template.jinja, or the field "
                 "chat_template in tokenizer_config.json, from the original model"
             )
-        if thinking not in self._prompts:
-            try:
-                prompt = template.prompt(
-                    self._template,
-                    self.control.values(),
-                    self._specials,
-                    thinking=thinking,
-                    today=self._today,
-                )
-                self._check(prompt)
-            except UserError as error:
-                raise UserError(f"{self._directory}: {error}") from error
-            self._prompts[thinking] = prompt
-        return self._prompts[thinking]
+        try:
+            if thinking not in self._opens:
+                made = self._compiled("default")
+                lone = made.check(thinking)
+                self._check(made, lone, thinking)
+                self._opens[thinking] = lone.opens_thought
+            has_own = tools is not None and "tool_use" in self._sources
+            return self._compiled("tool_use" if has_own else "default")
+        except UserError as error:
+            raise UserError(f"{self._directory}: {error}") from error
 
-    def _check(self, prompt: template.Prompt) -> None:
+    def _compiled(self, name: str) -> template.ChatTemplate:
+        if name not in self._templates:
+            self._templates[name] = template.ChatTemplate(
+                self._sources[name], self.control.values(), self._specials, self._today
+            )
+        return self._templates[name]
+
+    def _check(
+        self, made: template.ChatTemplate, lone: template.RenderedText, thinking: bool | None
+    ) -> None:
         """UserError if prompts would have other ids than in transformers."""
         known = {token.text for token in self.control.values()}
         for name, text in self._specials.items():
-            if text and text not in known and text in prompt.before + prompt.after:
+            if text and text not in known and text in lone.template_text:
                 raise UserError(
                     f"the chat template shows {text!r}, the {name} of tokenizer_config.json, which "
                     "the tokenizer does not have; take all files from one model"
@@ -164,16 +277,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, directory: Path, today: datetime.datetime | None = None):
         import tokenizers  # a second of loading that a SentencePiece model does not need
 
-        config = _config(directory)
+        config = read_config(directory)
         data = read_object(directory / "tokenizer.json")
         if not isinstance(data.get("model"), dict):
             raise UserError(f"{directory / 'tokenizer.json'} has no model; copy it again")
-        added = _added_tokens(directory, data, config)
+        added = added_tokens(directory, data, config)
         data |= {"truncation": None, "padding": None, "added_tokens": added}
         try:
-            plain = plain_tokenizers(data, added)
+            unmarked = plain_tokenizers(data, added)
             self._backend = tokenizers.Tokenizer.from_str(json.dumps(data))
-            self._plain = [tokenizers.Tokenizer.from_str(json.dumps(one)) for one in plain]
+            self._plain = [tokenizers.Tokenizer.from_str(json.dumps(one)) for one in unmarked]
         except UserError as error:
             raise UserError(f"{directory}: {error}") from error
         except Exception as error:  # the library raises nothing narrower
@@ -203,27 +316,33 @@ class HuggingFaceTokenizer(Tokenizer):
         self._clean_up = _clean_up if clean else str
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        plain = self._plain[0 if first else -1]
-        ids = plain.encode(text, add_special_tokens=False).ids
+        return self.encode_spans(text, first=first)[0]
+
+    def encode_spans(self, text: str, *, first: bool = True) -> tuple[list[int], list[Span]]:
+        made = self._plain[0 if first else -1].encode(text, add_special_tokens=False)
+        ids = made.ids
         if not self._never.isdisjoint(ids):
             unsafe = next(i for i in ids if i in self._never)
             raise UserError(
                 f"{self._directory}: plain text produces the added token "
                 f"{self.control[unsafe].text!r}; this kind of tokenizer.json is not supported"
             )
-        return ids
+        return ids, made.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._clean_up(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
-    def _check(self, prompt: template.Prompt) -> None:
-        super()._check(prompt)
+    def _check(
+        self, made: template.ChatTemplate, lone: template.RenderedText, thinking: bool | None
+    ) -> None:
+        super()._check(made, lone, thinking)
         texts = [token.text for token in self.control.values()]
         for probe in _PROBES:
             if any(text in probe for text in texts):  # there the ids are meant to differ
                 continue
-            ids = self.encode_parts(prompt.fill(probe))
-            if ids != self._backend.encode(prompt.shown(probe), add_special_tokens=False).ids:
+            rendered = made.render([{"role": "user", "content": probe}], thinking=thinking)
+            ids = self.encode_parts([part for part, _ in rendered.parts()])
+            if ids != self._backend.encode(plain(rendered.text), add_special_tokens=False).ids:
                 late = sorted({token.text for token in self.control.values() if token.normalized})
                 hint = (
                     f". Its added tokens {', '.join(late[:9])} are matched after normalising: "
@@ -260,15 +379,15 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.GetPieceSize()
         pieces = [self._model.IdToPiece(i) for i in range(self.vocab_size)]
         control = [
-            ControlToken(i, piece, special=piece not in _KEPT)
+            ControlToken(i, piece, special=piece not in KEPT)
             for i, piece in enumerate(pieces)
             if self._model.IsControl(i)
         ]
-        config = _config(directory)
+        config = read_config(directory)
         self._refuse_unlike(path, config)
         super().__init__(directory, config, control, today)
         named = {pieces[i] for i in (*self.stop_ids, self.pad_id) if i < self.vocab_size}
-        loose = sorted((named | set(_KEPT) & set(pieces)) - {token.text for token in control})
+        loose = sorted((named | set(KEPT) & set(pieces)) - {token.text for token in control})
         if loose:
             raise UserError(
                 f"{path}: {', '.join(loose)} must be control_symbols, or plain text could make them"
@@ -278,7 +397,7 @@ class SentencePieceTokenizer(Tokenizer):
         """UserError for what transformers reads from elsewhere, or not as SentencePiece does."""
         pieces = {self._model.IdToPiece(i) for i in range(self.vocab_size)}
         added = [token["content"] for token in (config.get("added_tokens_decoder") or {}).values()]
-        added += _optional_json(path.with_name("added_tokens.json"))
+        added += optional_object(path.with_name("added_tokens.json"))
         beyond = sorted(set(added) - pieces)
         as_it_is = all(
             self._model.Normalize(text) == text.replace(" ", "\u2581") for text in _PROBES
@@ -297,6 +416,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         return self._model.EncodeAsIds(text)
+
+    def encode_spans(self, text: str, *, first: bool = True) -> tuple[list[int], list[Span]]:
+        pieces = self._model.EncodeAsImmutableProto(text).pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         parts: list[str] = []
@@ -333,112 +456,3 @@ def load_tokenizer(directory: Path, today: datetime.datetime | None = None) -> T
         "SentencePiece tokenizer.model. Copy these files from the original model; without them "
         "the model computes logits, but reads and writes no text"
     )
-
-
-_FLAGS = ("id", "special", "lstrip", "rstrip", "single_word", "normalized")
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the special tokens of the older file where it has no newer."""
-    config = _optional_json(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" in config:
-        return config
-    return config | _optional_json(directory / "special_tokens_map.json")
-
-
-def _added_tokens(
-    directory: Path, data: Mapping[str, Any], config: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Added tokens of all files, merged as in transformers: tokenizer_config.json comes first."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = set(_special_texts(config).values()) | _extra_specials(config)
-    try:
-        added = {
-            t["content"]: flags | {"special": False} | t for t in data.get("added_tokens") or []
-        }
-        for key, token in (config.get("added_tokens_decoder") or {}).items():
-            merged = flags | {"special": False} | token | {"id": int(key)}
-            known = added.get(token["content"])
-            if known and known["id"] != merged["id"]:
-                raise UserError(
-                    f"{directory}: tokenizer.json and tokenizer_config.json disagree about the id "
-                    f"of {token['content']!r}; take both files from one model"
-                )
-            added[token["content"]] = merged
-        if "added_tokens_decoder" not in config:
-            for text, number in _optional_json(directory / "added_tokens.json").items():
-                late = {"content": text, "id": int(number), "normalized": text not in special}
-                added.setdefault(text, flags | {"special": False} | late)
-        vocab = data["model"].get("vocab")
-        for text in sorted(special - added.keys()):  # named, and known to the model alone
-            if isinstance(vocab, Mapping) and text in vocab:
-                added[text] = flags | {"content": text, "id": vocab[text], "special": True}
-        for text, token in added.items():
-            token.pop("__type", None)
-            token["special"] = (token["special"] or text in special) and text not in _KEPT
-    except UserError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the added tokens of tokenizer.json or tokenizer_config.json are damaged ({error!r}); "
-            "copy both files again"
-        ) from error
-    return sorted(added.values(), key=lambda token: token["id"])
-
-
-def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """`eos_token` and so on -> text, from tokenizer_config.json (plain or as an object)."""
-    texts = {}
-    for name, value in config.items():
-        if re.fullmatch(r"(bos|eos|pad|unk|sep|cls|mask)_token", name) and value is not None:
-            texts[name] = value["content"] if isinstance(value, Mapping) else value
-    return texts
-
-
-def _extra_specials(config: Mapping[str, Any]) -> set[str]:
-    """Further tokens that tokenizer_config.json declares special."""
-    found = set()
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        values = config.get(name) or []
-        for value in values.values() if isinstance(values, Mapping) else values:
-            found.add(value["content"] if isinstance(value, Mapping) else value)
-    return found
-
-
-def _template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: its own file first, as in transformers, then the two older places."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if template is None:
-        template = _optional_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{directory}: chat_template in tokenizer_config.json must be a text")
-    return template
-
-
-def _stop_ids(directory: Path, own: int | None) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        value = _optional_json(directory / name).get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(
-                f"{directory / name}: eos_token_id must be an id or a list of ids, is {value!r}"
-            )
-        return tuple(ids)
-    if own is None:
-        raise UserError(
-            f"{directory}: nothing says where a response ends; add eos_token_id to "
-            "generation_config.json"
-        )
-    return (own,)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}

@@ -7,7 +7,8 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from oel_jax.chat.control_tokens import ControlToken
-from oel_jax.chat.template import prompt
+from oel_jax.chat.template import ChatTemplate
+from oel_jax.chat.traced import plain
 from oel_jax.errors import UserError
 
 TODAY = datetime.datetime(2026, 11, 28, 23, 59, 58)
@@ -203,22 +204,27 @@ def theirs(template: str, text: str, thinking: bool) -> str:
     return rendered[0]
 
 
-def ours(template: str, thinking: bool = True):
-    return prompt(template, (), NAMES, thinking=thinking, today=TODAY)
+def ours(template: str, control=()) -> ChatTemplate:
+    return ChatTemplate(template, control, NAMES, TODAY)
+
+
+def shown(template: str, text: str, thinking: bool = True) -> str:
+    made = ours(template).render([{"role": "user", "content": text}], thinking=thinking)
+    return plain(made.text)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rendered_as_in_transformers(name):
     for thinking in (True, False):
-        made = ours(TEMPLATES[name], thinking)
+        ours(TEMPLATES[name]).check(thinking)
         for text in TEXTS:
-            assert made.shown(text) == theirs(TEMPLATES[name], text, thinking)
+            assert shown(TEMPLATES[name], text, thinking) == theirs(TEMPLATES[name], text, thinking)
 
 
 def test_the_date_is_the_one_that_was_given():
-    assert "Today: 28 Nov 2026" in ours(TEMPLATES["llama_3_2"]).shown("x")
-    assert "26 Jul 2024" in ours(TEMPLATES["llama_3_1"]).shown("x")
-    assert ours(TEMPLATES["the_clock"]).before == "2026-11-28 23:59:58 Saturday 332 26% "
+    assert "Today: 28 Nov 2026" in shown(TEMPLATES["llama_3_2"], "x")
+    assert "26 Jul 2024" in shown(TEMPLATES["llama_3_1"], "x")
+    assert shown(TEMPLATES["the_clock"], "x") == "2026-11-28 23:59:58 Saturday 332 26% x"
 
 
 @pytest.mark.parametrize("template", REFUSED)
@@ -226,19 +232,18 @@ def test_what_fails_in_transformers_is_refused(template):
     with pytest.raises(Exception):  # noqa: B017  (whatever it is)
         theirs(template, "x", True)
     with pytest.raises(UserError, match="chat_template fails .*" + REFUSED[template]):
-        ours(template)
+        ours(template).check(True)
 
 
 @pytest.mark.parametrize("chance", ["{{ [1, 2] | random }}", "{{ lipsum() }}"])
 def test_a_template_that_draws_at_random_is_refused(chance):
     with pytest.raises(UserError, match="draws at random"):
-        ours(chance + "{{ messages[0].content }}")
+        ours(chance + "{{ messages[0].content }}").check(True)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "content.strip('\\n ')",
         "content | replace('\\n', ' ')",
         "content | indent",
         "content[1:]",
@@ -247,7 +252,7 @@ def test_a_template_that_draws_at_random_is_refused(chance):
 )
 def test_a_template_that_changes_messages_in_another_way_is_refused(change):
     with pytest.raises(UserError, match="chat_template .*(changes|unchanged)"):
-        ours("a {{ messages[0]." + change + " }} b")
+        ours("a {{ messages[0]." + change + " }} b").check(True)
 
 
 @pytest.mark.parametrize(
@@ -260,17 +265,23 @@ def test_a_template_that_changes_messages_in_another_way_is_refused(change):
     ],
 )
 def test_whether_the_template_opens_a_thought(name, with_thinking, without):
-    assert ours(TEMPLATES[name], True).opens_thought is with_thinking
-    assert ours(TEMPLATES[name], False).opens_thought is without
+    assert ours(TEMPLATES[name]).check(True).opens_thought is with_thinking
+    assert ours(TEMPLATES[name]).check(False).opens_thought is without
 
 
 def test_genuine_control_tokens_inside_a_message():
     think, end = ControlToken(1, "<think>"), ControlToken(2, "</think>", rstrip=True)
-    made = prompt(
-        "<think>a {{ messages[0].content | trim }} b</think>", [think, end], {}, thinking=True
-    )
-    parts = made.fill([" x <think>", think, " y ", end, " z "])
-    assert parts == [think, "a x <think>", think, " y ", end, "z b", end]
-    assert made.fill([think]) == [think, "a ", think, " b", end]
-    assert made.fill(["", think, " "]) == [think, "a ", think, " b", end]
-    assert made.fill(" x ") == made.fill([" x "]) == [think, "a x b", end]
+    made = ours("<think>a {{ messages[0].content | trim }} b</think>", [think, end])
+
+    def parts(*content):
+        user = [{"role": "user", "content": list(content)}]
+        return [part for part, _ in made.render(user).parts()]
+
+    assert parts(" x <think>", 1, " y ", 2, " z ") == [
+        think, "a x <think>", think, " y ", end, "z b", end,
+    ]  # fmt: skip
+    assert parts(1) == parts("", 1, " ") == [think, "a ", think, " b", end]
+    assert parts(" x ") == parts(" ", "x ") == [think, "a x b", end]
+    changed = ours("{{ messages[0].content | upper }}{{ messages[0].content[1:] }}", [think, end])
+    with pytest.raises(UserError, match="changes the token '<think>' .* to 'think>'"):
+        changed.render([{"role": "user", "content": [1]}]).parts()
