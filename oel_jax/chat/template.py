@@ -12,14 +12,14 @@ import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from string import printable
 from typing import Any
 
 from oel_jax.chat.control_tokens import ControlToken, Part, split, swallow_blanks
 from oel_jax.chat.messages import Message, Origins, trace
 from oel_jax.chat.template_environment import Renderer
-from oel_jax.chat.traced import OUTSIDE, TEMPLATE, Traced, origin_of, plain
+from oel_jax.chat.traced import OUTSIDE, TEMPLATE, Traced, origin_of, plain, runs
 from oel_jax.data.answers import leaves_open
 from oel_jax.errors import UserError
 
@@ -50,18 +50,17 @@ class RenderedText:
     @property
     def opens_thought(self) -> bool:
         """Whether a response begins inside a thought, since the template has written `<think>`."""
-        own = (c if ord(o) >> 1 == TEMPLATE else "\0" for c, o in self._characters())
-        return leaves_open("".join(own))
+        return leaves_open("\0".join(self._texts(TEMPLATE)))
 
     @property
     def template_text(self) -> str:
         """The characters that the template itself has written."""
-        return "".join(c for c, o in self._characters() if ord(o) >> 1 == TEMPLATE)
+        return "".join(self._texts(TEMPLATE))
 
     @property
     def outside_text(self) -> str:
         """The characters from outside."""
-        return "".join(c for c, o in self._characters() if ord(o) >> 1 != TEMPLATE)
+        return "".join(self._texts(OUTSIDE))
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -90,9 +89,9 @@ class RenderedText:
                 pieces.append(piece)
                 token_labels.append(_strongest(labels))
             elif pieces and isinstance(pieces[-1], str):
-                pieces[-1] += Traced(plain(piece), labels)
+                pieces[-1] += Traced(piece, labels)
             else:
-                pieces.append(Traced(plain(piece), labels))
+                pieces.append(Traced(piece, labels))
         following = iter(token_labels)
         return [
             (part, next(following)) if isinstance(part, ControlToken)
@@ -100,36 +99,42 @@ class RenderedText:
             for part in swallow_blanks(pieces)
         ]  # fmt: skip
 
-    def _characters(self) -> Iterable[tuple[str, str]]:
-        return zip(plain(self.text), origin_of(self.text), strict=True)
+    def _texts(self, kind: int) -> list[str]:
+        text = plain(self.text)
+        return [text[start:end] for own, start, end in self._runs() if own == kind]
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """(kind, start, end), the kind being TEMPLATE, OUTSIDE or a genuine token's source."""
+        found: list[tuple[int, int, int]] = []
+        for code, start, end in runs(origin_of(self.text)):
+            source = ord(code) >> 1
+            kind = source if source == TEMPLATE or source in self.origins.tokens else OUTSIDE
+            if found and found[-1][0] == kind:
+                start = found.pop()[1]
+            found.append((kind, start, end))
+        return found
 
     def _split(self) -> list[Part]:
         """All of the text as the template's control tokens and other text, in order."""
         found: list[Part] = []
-        end = 0
-        for kind, codes in groupby(origin_of(self.text), self._kind):
-            start, end = end, end + sum(1 for _ in codes)
-            run = self.text[start:end]
+        text = plain(self.text)
+        for kind, start, end in self._runs():
+            run = text[start:end]
             if kind == TEMPLATE:
-                before, after = self.text[max(start - 1, 0) : start], self.text[end : end + 1]
-                found += split(run, self.control, plain(before), plain(after))
+                before, after = text[max(start - 1, 0) : start], text[end : end + 1]
+                found += split(run, self.control, before, after)
             elif kind == OUTSIDE:
                 found.append(run)
             else:
                 token = self.origins.tokens[kind][1]
                 times, rest = divmod(len(run), len(token.text))
-                if rest or plain(run) != token.text * times:
+                if rest or run != token.text * times:
                     raise UserError(
                         f"chat_template changes the token {token.text!r} inside a message to "
-                        f"{plain(run)!r}; use a template that does not"
+                        f"{run!r}; use a template that does not"
                     )
                 found += [token] * times
         return found
-
-    def _kind(self, code: str) -> int:
-        """TEMPLATE, OUTSIDE or the source of a genuine token."""
-        source = ord(code) >> 1
-        return source if source == TEMPLATE or source in self.origins.tokens else OUTSIDE
 
 
 def _strongest(labels: str) -> str:
@@ -259,18 +264,17 @@ def _labels(text: str, roles: Sequence[str], origins: Origins, marked: bool) -> 
     Args:
         marked: the template says itself, with `{% generation %}`, what an assistant said.
     """
-    codes = origin_of(text)
-    owners = [origins.message(ord(code) >> 1) for code in codes]
-    said = [bool(ord(code) & 1) for code in codes]
-    if not marked:
-        said = [owner >= 0 and roles[owner] == "assistant" for owner in owners]
-        last, gap = -1, 0  # the message of the last text from outside; the template's text since
-        for index, owner in enumerate(owners):
-            if ord(codes[index]) >> 1 == TEMPLATE:
-                gap += 1
-                continue
-            if owner == last and said[index] and gap:
-                owners[index - gap : index] = [owner] * gap
-                said[index - gap : index] = [True] * gap
-            last, gap = owner, 0
-    return "".join(chr(2 * (o + 1) + s) for o, s in zip(owners, said, strict=True))
+    found: list[tuple[int, bool, int]] = []  # owner, whether an assistant's, length
+    last, gap = -1, -1  # the message of the last text from outside; the template's text after it
+    for code, start, end in runs(origin_of(text)):
+        owner, said = origins.message(ord(code) >> 1), bool(ord(code) & 1)
+        if not marked:
+            said = owner >= 0 and roles[owner] == "assistant"
+            if ord(code) >> 1 == TEMPLATE:
+                gap = len(found)
+            elif said and owner == last and gap == len(found) - 1:
+                found[gap] = owner, True, found[gap][2]
+            if ord(code) >> 1 != TEMPLATE:
+                last = owner
+        found.append((owner, said, end - start))
+    return "".join(chr(2 * (owner + 1) + said) * length for owner, said, length in found)

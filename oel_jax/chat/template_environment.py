@@ -42,6 +42,9 @@ _SELECTING = frozenset(
     "rejectattr reverse select selectattr slice sort sum unique".split()
 )
 
+# Filters whose text is made by methods of `Traced`, character by character.
+_EXACT = frozenset(("join", "replace", "string", "trim"))
+
 
 class Renderer:
     """A compiled chat template.
@@ -130,7 +133,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters |= {"tojson": _tojson, "random": _refuse_chance, "join": _join}
         self.filters |= {"string": text_of}
         self.filters = {
-            name: function if name in _SELECTING else _tracing(function)
+            name: function if name in _SELECTING | _EXACT else _tracing(function)
             for name, function in self.filters.items()
         }
         self.globals |= {
@@ -173,9 +176,7 @@ def _tracing(function: Callable[..., Any]) -> Callable[..., Any]:
     def filtered(*values: Any, **named: Any) -> Any:
         values = tuple(list(v) if isinstance(v, Iterator) else v for v in values)
         made = function(*values, **named)
-        if not isinstance(made, str) or isinstance(made, Traced):
-            return made
-        return outside(made, (values, named))
+        return outside(made, (values, named)) if isinstance(made, str) else made
 
     return filtered
 

@@ -316,18 +316,23 @@ class HuggingFaceTokenizer(Tokenizer):
         self._clean_up = _clean_up if clean else str
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        return self.encode_spans(text, first=first)[0]
+        return self._checked(self._encoding(text, first).ids)
 
     def encode_spans(self, text: str, *, first: bool = True) -> tuple[list[int], list[Span]]:
-        made = self._plain[0 if first else -1].encode(text, add_special_tokens=False)
-        ids = made.ids
+        made = self._encoding(text, first)
+        return self._checked(made.ids), made.offsets
+
+    def _encoding(self, text: str, first: bool) -> Any:
+        return self._plain[0 if first else -1].encode(text, add_special_tokens=False)
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if not self._never.isdisjoint(ids):
             unsafe = next(i for i in ids if i in self._never)
             raise UserError(
                 f"{self._directory}: plain text produces the added token "
                 f"{self.control[unsafe].text!r}; this kind of tokenizer.json is not supported"
             )
-        return ids, made.offsets
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._clean_up(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -418,8 +423,19 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.EncodeAsIds(text)
 
     def encode_spans(self, text: str, *, first: bool = True) -> tuple[list[int], list[Span]]:
-        pieces = self._model.EncodeAsImmutableProto(text).pieces
-        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+        # The text is not changed (`_refuse_unlike`), so pieces are as long as what they stand for.
+        pieces = self._model.EncodeAsPieces(text)
+        ids = [self._model.PieceToId(piece) for piece in pieces]
+        spans: list[Span] = []
+        end = bytes_left = 0
+        for i, piece in zip(ids, pieces, strict=True):
+            if self._model.IsByte(i) and not bytes_left:
+                bytes_left = len(text[end].encode())
+            length = 1 if bytes_left else len(piece)
+            spans.append((end, end + length))
+            bytes_left = max(bytes_left - 1, 0)
+            end += 0 if bytes_left else length
+        return ids, spans
 
     def decode(self, ids: Sequence[int]) -> str:
         parts: list[str] = []

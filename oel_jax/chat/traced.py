@@ -11,6 +11,7 @@ a control token of the template into plain text, which is noticed when a model i
 never make a control token out of outside text.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
@@ -145,6 +146,11 @@ for _name in (
 def origin_of(text: str) -> str:
     """One character for each of the text's: its origin."""
     return text._origin if isinstance(text, Traced) else chr(TEMPLATE) * len(text)
+
+
+def runs(codes: str) -> Iterator[tuple[str, int, int]]:
+    """(code, start, end) of each run of equal characters; a text has few of them."""
+    return ((run[1], *run.span()) for run in re.finditer(r"(.)\1*", codes, re.DOTALL))
 
 
 def plain(text: str) -> str:

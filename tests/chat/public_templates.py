@@ -1,4 +1,5 @@
 """Chat templates in the shape of public ones, tools and all, and a source of conversations."""
+# ruff: noqa: E501  (templates have long lines)
 
 import random
 
