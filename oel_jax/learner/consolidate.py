@@ -420,7 +420,7 @@ def _train(
     """Update the student (and a teacher that follows it) by these samples.
 
     Returns:
-      metrics (spec 8.6 and design 7), and how many tokens the micro-batches had room for.
+      metrics (spec 8.6), and how many tokens the micro-batches had room for.
     """
     run, teacher, settings = this.run, this.teacher, this.run.config.consolidate
     shape, batches = plan(samples, settings.token_budget, run.mesh.shape["fsdp"])

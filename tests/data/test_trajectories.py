@@ -1,4 +1,4 @@
-"""Trajectory files: schema, bad input, crashes (spec 7; design, sections 3 and 8)."""
+"""Trajectory files: schema, bad input, crashes (spec 7)."""
 
 import json
 import logging

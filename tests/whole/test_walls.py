@@ -1,4 +1,4 @@
-"""The walls of the house (design, section 2), kept by following imports without running them."""
+"""The walls of the house, kept by following imports without running them."""
 
 import ast
 import subprocess
