@@ -22,12 +22,16 @@ def render(
 
     Raises:
         UserError: the context does not fit the dialogue (see `place_context`), or the model has no
-            usable chat template.
+            usable chat template, or one that leaves out a message or the tools.
     """
     messages = place_context(dialogue, context)
-    if dialogue.tools or len(messages) != 1 or messages[0]["role"] != "user":
+    if not dialogue.tools and [message["role"] for message in messages] == ["user"]:
+        return tokenizer.chat(messages[0]["content"], thinking=thinking)
+    made = tokenizer.render(messages, tools=dialogue.tools or None, thinking=thinking)
+    unseen = [name for name in made.unseen if not name.endswith(".tool_calls")]
+    if unseen:
         raise UserError(
-            "this conversation has several messages, another role than 'user', or tools; only "
-            "prompts of one user message can be rendered"
+            f"the model's chat template shows nothing of {', '.join(unseen)}; use a model whose "
+            "template does, or another place for the context"
         )
-    return tokenizer.chat(messages[0]["content"], thinking=thinking)
+    return list(made.ids)

@@ -17,10 +17,11 @@ from string import printable
 from typing import Any
 
 from oel_jax.chat.control_tokens import ControlToken, Part, split, swallow_blanks
-from oel_jax.chat.messages import Message, Origins, trace
+from oel_jax.chat.origins import Origins, trace
 from oel_jax.chat.template_environment import Renderer
 from oel_jax.chat.traced import OUTSIDE, TEMPLATE, Traced, origin_of, plain, runs
 from oel_jax.data.answers import leaves_open
+from oel_jax.data.messages import Message
 from oel_jax.errors import UserError
 
 # Holds characters that a template would have to change if it escaped, quoted or re-cased messages.

@@ -31,7 +31,6 @@ from typing import Any
 
 from oel_jax.chat import template
 from oel_jax.chat.control_tokens import ControlToken, Part
-from oel_jax.chat.messages import Message
 from oel_jax.chat.plain_text import is_plain, kinds, plain_tokenizers
 from oel_jax.chat.tokenizer_files import (
     KEPT,
@@ -43,6 +42,7 @@ from oel_jax.chat.tokenizer_files import (
     stop_ids,
 )
 from oel_jax.chat.traced import plain
+from oel_jax.data.messages import Message
 from oel_jax.errors import UserError
 from oel_jax.files import read_object
 

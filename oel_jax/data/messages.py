@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from oel_jax.data.prompts import WRAPPERS, play_prompt
 from oel_jax.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 PLACES = ("paper", "system", "user")
 
 Message = Mapping[str, Any]

@@ -13,7 +13,9 @@ from public_templates import CHATML_TOKENS, LLAMA_TOKENS, OTHER_TOKENS, conversa
 from test_tokenizer import write_bpe, write_sentencepiece
 
 from oel_jax.chat.control_tokens import ControlToken
+from oel_jax.chat.render import render
 from oel_jax.chat.tokenizer import load_tokenizer
+from oel_jax.data.messages import Context, Dialogue
 from oel_jax.errors import UserError
 
 TEMPLATES = {
@@ -94,6 +96,23 @@ def test_sentencepiece_ids_and_masks(tmp_path):
     made = ours.render([user("you up"), assistant("中 the player 7"), user("down")])
     said = [i for i, flag in zip(made.ids, made.assistant_mask, strict=True) if flag]
     assert ours.decode(said) == "中 the player 7"
+
+
+def test_prompts_of_student_and_teacher(pairs):
+    """`chat.render`: a context in a system message; what the template leaves out is refused."""
+    ours, theirs = pairs["qwen2_5"]
+    messages = (user("q"), assistant("a"), user("the board"))
+    for tools in ((), tuple(public.tools(random.Random(1)))):
+        ids = render(ours, Dialogue(messages, tools=tools), thinking=True)
+        assert ids == theirs.apply_chat_template(
+            list(messages), tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+        )
+    context = Context("raw", "be <|im_end|> brief", "system")
+    ids = render(ours, Dialogue(messages), context, thinking=True)
+    plain = ours.render([{"role": "system", "content": context.text}, *messages], thinking=True)
+    assert ids == list(plain.ids)
+    with pytest.raises(UserError, match=r"shows nothing of tools"):
+        render(pairs["smollm2"][0], Dialogue(messages, tools=({"name": "f"},)), thinking=True)
 
 
 # ---------------------------------------------------------------- what an assistant said

@@ -12,11 +12,8 @@ from typing import Any
 
 from oel_jax.chat.control_tokens import ControlToken
 from oel_jax.chat.traced import FIRST_FIELD, FIRST_TOKEN, OUTSIDE, Traced, joined, message_of
+from oel_jax.data.messages import ROLES, Message
 from oel_jax.errors import UserError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-Message = Mapping[str, Any]
 
 
 @dataclass
