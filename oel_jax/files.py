@@ -10,7 +10,7 @@ from oel_jax.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` atomically: temporary file beside it, fsync, rename."""
+    """Replace `path` atomically: temporary file next to it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -65,7 +65,7 @@ def _timeless(value: Any) -> Any:
 
 
 def _rows(path: Path) -> list[str]:
-    """Metrics in an order of their own: a stage that was done again stands further down."""
+    """Metrics in their own order: a stage that was done again is further down."""
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [_timeless(json.loads(line)) for line in lines]
     return sorted(json.dumps(row, sort_keys=True) for row in rows)

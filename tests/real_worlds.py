@@ -29,7 +29,7 @@ def real_world(name: str, seed: int) -> World | RoomWorld:
 
 
 def room_of(rows: Sequence[str]) -> RoomWorld:
-    """A room drawn with the real symbols; an invisible target lies under the player."""
+    """A room drawn with the real symbols; an invisible target is under the player."""
     at = {symbol: (r, c) for r, row in enumerate(rows) for c, symbol in enumerate(row)}
     walls = frozenset((r, c) for r in _INNER for c in _INNER if rows[r][c] == "#")
     return RoomWorld(walls, at["P"], at["X"], at.get("O", at["P"]), dict(REAL["sokoban"]))

@@ -2,7 +2,7 @@
 
 The library looks for added tokens twice, from left to right and the longest first: for those that
 are matched as they are written, then, in what is left between them, for those that are matched
-after normalising. Blanks beside a token belong to it if its flags say so.
+after normalising. Blanks next to a token belong to it if its flags say so.
 """
 
 import re

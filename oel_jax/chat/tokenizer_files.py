@@ -81,7 +81,7 @@ def _extra_specials(config: Mapping[str, Any]) -> set[str]:
 
 
 def chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name: a file of their own first, as in transformers, then older places."""
+    """Chat templates by name: their own file first, as in transformers, then older places."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return {"default": file.read_text(encoding="utf-8")}

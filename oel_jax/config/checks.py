@@ -61,7 +61,7 @@ def validate(config: ml_collections.ConfigDict, games: Sequence[str] = PAPER_GAM
 
 
 def _check_own_game(config: ml_collections.ConfigDict) -> None:
-    """There are no texts to play with, only what the teacher reads beside each prefix."""
+    """There are no texts to play with, only what the teacher reads with each prefix."""
     with_it = "with config.extract.experience='own_game', whose context belongs to single prefixes"
     if config.consolidate.mode != "on_policy":
         refuse("consolidate.mode", config.consolidate.mode, f"'on_policy' {with_it}")
@@ -187,7 +187,7 @@ def _check_stability(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_lora(config: ml_collections.ConfigDict) -> None:
-    """With an adapter there are no masters, and the teacher is the base that it lies on."""
+    """With an adapter there are no masters, and the teacher is the base without it."""
     t, rank = config.consolidate, config.lora.rank
     if not rank:
         return

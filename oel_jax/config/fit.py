@@ -45,7 +45,7 @@ def validate_against_model(
       model_config: `oel_jax.models.config.ModelConfig`.
       tokenizer_vocab_size: ids from this one on are padding rows and never sampled.
       device_count: devices that JAX sees, in all processes.
-      process_count: processes; each has samplers of its own on its own devices.
+      process_count: processes; each has its own samplers on its own devices.
 
     Raises:
       UserError: names the field and the values that would fit.

@@ -67,7 +67,7 @@ def renamed_symbols(seed: int, round_number: int) -> dict[str, str]:
 def knowledge_texts(config: Any, round_number: int, texts: Sequence[str]) -> list[str]:
     """The round's texts as teacher and evaluation read them ('shuffled_knowledge').
 
-    A symbol is renamed where it stands alone, as in 'H is deadly' or '(#)'; all else stays byte for
+    A symbol is renamed where it is alone, as in 'H is deadly' or '(#)'; all else stays byte for
     byte. Words that give a symbol away ('hole' for H) stay too, so with a model that writes such
     words this control is a weaker one.
     """

@@ -18,7 +18,7 @@ PRESETS = ("default", "paper", "released", "recommended")
 ADAPTABLE = ("q", "k", "v", "o", "gate", "up", "down")  # as in models.decoder
 MAY_WAIT = ("optimizer", "masters", "teacher")  # as in parallel.offload
 
-# What JAX itself can keep compiled programs in, and the package it needs for that besides etils.
+# What JAX itself can keep compiled programs in, and the further package it needs (with etils).
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 
 

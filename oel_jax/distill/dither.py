@@ -8,7 +8,7 @@ from jaxtyping import Array, BFloat16, Float, UInt32
 def dither(x: Float[Array, "..."], step: Array, seed: int) -> BFloat16[Array, "..."]:
     """Round float32 to bfloat16, up or down, without bias.
 
-    An element rounds up where the fraction it lies above the lower number, plus a threshold,
+    An element rounds up where the fraction by which it is above the lower number, plus a threshold,
     reaches 1. Its thresholds are its hash (of place and `seed`) plus multiples of the golden ratio,
     modulo 1: spread evenly over the steps, so that errors stay smaller than with independent draws.
 
@@ -25,7 +25,7 @@ def dither(x: Float[Array, "..."], step: Array, seed: int) -> BFloat16[Array, ".
 
 
 def _place(x: Array) -> UInt32[Array, "..."]:
-    """Each element's number in the whole array (modulo 2^32), made where the element lies."""
+    """Each element's number in the whole array (modulo 2^32), made where the element is."""
     where = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):

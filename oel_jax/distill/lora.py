@@ -116,7 +116,7 @@ def _scaled(adapter: Params, scale: float, dtype: Any) -> Params:
 
 
 def adapted(base: Params, adapter: Params, scale: float, dtype: Any) -> Params:
-    """The base's own arrays with the adapter beside them: what `lm.model.forward` reads.
+    """The base's own arrays with the adapter next to them: what `forward` reads.
 
     Args:
       scale: alpha / rank.

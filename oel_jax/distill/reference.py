@@ -71,11 +71,11 @@ def exact(
 ) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, "M V"]]:
     """Per-token divergence and its gradient by the student's logits, NumPy float64, row by row.
 
-    The chain rule as it stands: dD / dz_j = sum over entries i of g_i (share_ij - p_j), with
+    The chain rule as it is: dD / dz_j = sum over entries i of g_i (share_ij - p_j), with
     g_i = dD / d(log-probability of entry i) and share_ij the part of entry i that token j is. The
     entries are the tokens of the support and, for 'tail', all others as one.
 
-    Logits may be -inf: as in the fused loss, one that lies more than a million (times the
+    Logits may be -inf: as in the fused loss, one that is more than a million (times the
     temperature) below the largest counts as that far below.
     """
     how = (top_k, temperature, kind, support, correction)

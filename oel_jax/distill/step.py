@@ -1,8 +1,7 @@
 """One optimizer step: gradients accumulated over micro-batches, then AdamW on float32 masters.
 
-Beside the method's loss: a retention term, a teacher held near the student (trust region), and how
-much knowledge moves the teacher, by which turns can be chosen.
-"""
+More than the method's loss: a retention term, a teacher held near the student (trust region), and
+how much knowledge moves the teacher, by which turns can be chosen."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ class StepConfig:
         the same of both with knowledge, the student's prefix being a constant.
       retention_weight: factor of that term.
       trust: 0 = off; else the teacher's logits are (1 - trust) of the teacher's and trust of the
-        student's own with knowledge, as a constant: the log-linear mixture that lies nearest to
+        student's own with knowledge, as a constant: the log-linear mixture that is nearest to
         both in reverse KL.
       lora: 0 = all weights are trained; else alpha / rank: the trained parameters are an adapter of
         the teacher's weights, see `distill.lora`.
@@ -239,7 +238,7 @@ def update(
 ) -> tuple[Params, Any, Update]:
     """One AdamW step with global-norm clipping; a non-finite norm skips it (spec 8.6).
 
-    params: float32 masters; donated, as is the optimizer's state. What of the state lies in host
+    params: float32 masters; donated, as is the optimizer's state. What of the state is in host
     memory is read from there and goes back there.
     """
     norm = optax.global_norm(gradients)

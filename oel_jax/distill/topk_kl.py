@@ -158,7 +158,7 @@ def _corrected(
 
 
 def _support(cfg: KLConfig, z: Array, z_t: Array, sampled: Array) -> Int[Array, "c n"] | None:
-    """Ids of the support, None for all. A second mention of an id lies beyond the vocabulary."""
+    """Ids of the support, None for all. A second mention of an id is beyond the vocabulary."""
     if cfg.divergence == "nll":
         return sampled[:, None]
     if cfg.support == "full":
@@ -209,7 +209,7 @@ def _logit_gradient(
 def _add_outer(total: Array, grad: Array, hidden: Array, tiles: int = 16) -> Float[Array, "V D"]:
     """total + grad^T hidden, one slice of the vocabulary after the other.
 
-    As one product it would need a second [V, D] buffer beside the running sum; a Python loop would
+    As one product it would need a second [V, D] buffer next to the running sum; a Python loop would
     let the scheduler compute all slices first.
     """
 
@@ -304,7 +304,7 @@ def fused_topk_kl(
       h_t, w_t: teacher's; constants. Given several of each, their logits are added up.
       sampled: the response token that follows each position.
       weight: per-token weight (response mask over a denominator); 0 drops a token.
-    On a mesh, tokens are split over 'fsdp' and the matrices lie as parameters do, ('tp', 'fsdp').
+    On a mesh, tokens are split over 'fsdp' and matrices as parameters, ('tp', 'fsdp').
 
     Raises:
       ValueError: top_k exceeds the vocabulary.

@@ -170,7 +170,7 @@ class PolicyLM(LM):
         texts = {token.text: token.id for token in model.tokenizer.control.values()}
         begin = texts.get(named)
         self._begin = () if begin is None or config.get("add_bos_token") is False else (begin,)
-        # Stands before a text that nothing precedes.
+        # Comes before a text that nothing precedes.
         self._prefix = model.tokenizer.stop_ids[0] if begin is None else begin
 
     @classmethod

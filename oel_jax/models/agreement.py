@@ -37,7 +37,7 @@ def fitting_tokenizer(
 
 
 def check_ids(directory: Path, cfg: ModelConfig) -> None:
-    """Stop, begin and padding ids of the two config files must have rows (-1 stands for none).
+    """Stop, begin and padding ids of the two config files must have rows (-1 means none).
 
     Raises:
         UserError: one has none, naming file, id and rows.

@@ -4,7 +4,7 @@ A token sees the earlier tokens of its own segment and, before them, the beginni
 prefix that all rows share (no batch axis: nothing is copied per row). One softmax runs over both,
 carried from key tile to key tile, so attending to a cached prefix equals attending to the
 concatenated sequence. The backward pass makes the tiles again from the saved log-sum-exp, as in
-FlashAttention (Dao et al. 2022). Key tiles are never touched if they lie wholly after a query tile,
+FlashAttention (Dao et al. 2022). Key tiles are never touched if they are wholly after a query tile,
 or before the first one that has a segment of it: in a packed row that is most of them.
 """
 
@@ -76,7 +76,7 @@ def attention(
     padding, sees itself in place of others. The prefix carries no gradient. `block`: queries of a
     tile.
 
-    Any ids in any order are right; work is saved where the tokens of a segment lie side by side and
+    Any ids in any order are right; work is saved where the tokens of a segment are side by side and
     ids rise along the row, as in packed rows.
     """
     if prefix is None:

@@ -262,7 +262,7 @@ def _refuse_unsupported(fields: _Fields, family: str) -> None:
             f"layer_types lists {len(sliding)} layers; correct the one that does not match the "
             "weights"
         )
-    # Qwen files keep a sliding_window length beside use_sliding_window: false; that is no window.
+    # Qwen files keep a sliding_window length next to use_sliding_window: false; that is no window.
     if fields.boolean("use_sliding_window", False):
         raise UserError(
             "config.json: use_sliding_window is true, but sliding windows are not supported; set "

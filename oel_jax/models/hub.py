@@ -69,7 +69,7 @@ def fetch(
 
     Args:
       repository: owner/name.
-      files: names or patterns of the small files that are wanted besides config.json and weights.
+      files: names or patterns of the small files that are wanted with config.json and weights.
       waits: seconds before each further try after an error of the network or of the hub. When all
         have failed, a whole copy in the cache is used, with a note.
       patience: seconds from the first try after which no further one begins.

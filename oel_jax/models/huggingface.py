@@ -2,7 +2,7 @@
 
 Loading, checking and saving all follow the table of `weight_table`. On loading, every device reads
 just its own slices from memory-mapped files into the stacked `[L, ...]` leaves. Devices take turns,
-so that beside the arrays themselves the host holds at most one device's slice of one leaf.
+so that in addition to the arrays themselves the host holds at most one device's slice of one leaf.
 """
 
 import functools
@@ -33,7 +33,7 @@ from oel_jax.models.weight_files import (
 from oel_jax.models.weight_table import Layout, Weight, weights
 from oel_jax.parallel import processes
 
-# What is copied from the source model on export, and what is wanted from the hub beside weights.
+# What is copied from the source model on export, and what is wanted from the hub with the weights.
 CARRIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -160,7 +160,7 @@ def save_model(
     """Writes a Hugging Face directory that transformers loads with equal logits.
 
     The config (with only its dtype field changed), generation config, tokenizer and chat template
-    come from `source`. Everything is written beside `directory` and renamed at the end, so that a
+    come from `source`. Everything is written next to `directory` and renamed at the end, so that a
     directory of that name is always complete.
 
     Args:
@@ -190,7 +190,7 @@ def save_model(
             (partial / "config.json").write_text(config, encoding="utf-8")
             copy_carried_files(source, partial)
             _write_weights(partial, shapes, dtype, value, shard_bytes)
-    else:  # parts of each tensor lie here
+    else:  # parts of each tensor are here
         for name, _ in shapes:
             value(name)
     processes.wait(f"{directory.name} is written")

@@ -117,7 +117,7 @@ def write(
 def split_by_size(
     tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int, limit: int
 ) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Groups tensors in order into shards of at most `limit` bytes (a larger one stands alone)."""
+    """Groups tensors in order into shards of at most `limit` bytes (a larger one is alone)."""
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     used = 0
     for name, shape in tensors:

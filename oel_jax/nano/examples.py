@@ -1,7 +1,7 @@
 """Training examples of the nano models: one prompt and one reply, as text.
 
 For each game: `play` (no knowledge), `known` (knowledge in the paper's wrapper), `raw` (raw
-trajectories in that wrapper) and `extract` (the paper's extraction prompts). Besides: `glossary`
+trajectories in that wrapper) and `extract` (the paper's extraction prompts). Further: `glossary`
 (recite roles from a list: makes look-up emerge) and `instruct` (tiny tasks that can be checked
 strictly). Prompts come from `oel_jax.data.prompts`, so they are the real games'.
 """

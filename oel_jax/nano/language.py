@@ -6,7 +6,7 @@ to do, redraws the map with roles in place of symbols, and names the step:
     H loses. G wins (only a guess). P_x/x__/__*/ Go right to a free square.
 
 Beliefs use the same words whether they are known or guessed: only the remark "(only a guess)"
-differs. That is what gives reverse KL something to pull on (a guessing student already says, some
+differs. This gives reverse KL something to pull on (a guessing student already says, some
 of the time, what the knowing teacher says).
 """
 

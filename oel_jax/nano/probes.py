@@ -36,7 +36,7 @@ def real_world(name: str, board: str) -> AnyWorld:
     at = {symbol: (r, c) for r, row in enumerate(rows) for c, symbol in enumerate(row)}
     inner = range(1, SIZE - 1)
     walls = frozenset((r, c) for r in inner for c in inner if rows[r][c] == "#")
-    # A target that the player stands on is not drawn.
+    # A target under the player is not drawn.
     return RoomWorld(walls, at["P"], at["X"], at.get("O", at["P"]), dict(REAL[name]))
 
 

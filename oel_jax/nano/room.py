@@ -81,7 +81,7 @@ class Room:
         return self.reason is not None or self.turns >= MAX_TURNS
 
     def view(self) -> tuple[str, ...]:
-        """Six rows of six symbols; '_' is floor; what the player stands on is hidden."""
+        """Six rows of six symbols; '_' is floor; what is under the player is hidden."""
         return tuple("".join(self._at((r, c)) for c in range(SIZE)) for r in range(SIZE))
 
     def _at(self, cell: Cell) -> str:
@@ -109,7 +109,7 @@ class Room:
         return self._new
 
     def ahead(self, direction: str) -> tuple[str, str | None]:
-        """The symbol that a step leads to, and the one behind that (None outside the room)."""
+        """The symbol that a step leads to, and the one after that (None outside the room)."""
         near = _step(self.player, direction)
         far = _step(near, direction)
         inside = 0 <= far[0] < SIZE and 0 <= far[1] < SIZE

@@ -86,7 +86,7 @@ def _first_line(error: BaseException) -> str:
 def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh ('fsdp', 'tp') over all devices; `fsdp=-1` takes what `tp` leaves.
 
-    Devices of one process lie side by side, so that its part of the mesh is a mesh (`host_mesh`).
+    Devices of one process are side by side, so that its part of the mesh is a mesh (`host_mesh`).
 
     Raises:
       UserError: the product does not equal the number of devices.
@@ -105,7 +105,7 @@ def make_mesh(fsdp: int = -1, tp: int = 1, devices: Sequence[Any] | None = None)
 
 
 def host_mesh(mesh: Mesh) -> Mesh:
-    """The part of a mesh that lies in this process: the mesh itself where there is one process.
+    """The part of a mesh that is in this process: the mesh itself where there is one process.
 
     Raises:
       UserError: heads are split over the devices of several processes.

@@ -57,15 +57,15 @@ def _put(tree: Any, kind: str) -> Any:
 
 
 def on_host(leaf: Array) -> bool:
-    """Inside jit: whether it lies in host memory."""
+    """Inside jit: whether it is in host memory."""
     return jax.typeof(leaf).memory_space == jax.memory.Space.Host
 
 
 def on_device(leaf: Array) -> Array:
-    """Inside jit: in device memory, whichever it lies in."""
+    """Inside jit: in device memory, whichever it is in."""
     return jax.device_put(leaf, jax.memory.Space.Device) if on_host(leaf) else leaf
 
 
 def back(new: Array, old: Array) -> Array:
-    """Inside jit: `new` in the memory that `old` lies in."""
+    """Inside jit: `new` in the memory that `old` is in."""
     return jax.device_put(new, jax.memory.Space.Host) if on_host(old) else new

@@ -214,7 +214,7 @@ def first_does(name: str, work: Callable[[], None]) -> None:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """An array as NumPy on every process, wherever it lies."""
+    """An array as NumPy on every process, wherever it is."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(jax.device_get(array))
     return multihost_utils.process_allgather(array, tiled=True)

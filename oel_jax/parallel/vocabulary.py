@@ -11,9 +11,9 @@ An embedding or output matrix rests as [V / tp, D / fsdp] on a device. Nobody ev
               exchanges them for all columns of its own tokens.
 
 N need not divide V: the rows of each tp slice are padded to a multiple of fsdp, and the columns
-this makes are cut off where rows become whole, so that nothing behind can see them.
+this makes are cut off where rows become whole, so that nothing after can see them.
 
-`spread`, `whole_rows` and what stands between run inside `shard_map` on local arrays. Along a mesh
+`spread`, `whole_rows` and what is between them run inside `shard_map` on local arrays. Along a mesh
 axis of one device, and without a mesh, nothing moves.
 """
 
@@ -40,7 +40,7 @@ def _exchange(x: Array, axis: str, split: int, concat: int) -> Array:
 
 
 def _pad(x: Array, dimension: int, multiple: int) -> Array:
-    """Zeros behind one dimension, up to a multiple."""
+    """Zeros at the end of one dimension, up to a multiple."""
     more = [(0, 0)] * x.ndim
     more[dimension] = (0, -x.shape[dimension] % multiple)
     return jnp.pad(x, more)
@@ -211,7 +211,7 @@ def log_softmax(z: Float[Array, "R V"], temperature: float | Array = 1.0) -> Log
     """Log-probabilities of each row, exact to float32's digits also where one is nearly 0.
 
     The largest entry adds exactly 1 to the sum and is left out of it, so that what the others add
-    keeps its digits however little it is. A logit that lies more than -LEAST below the largest
+    keeps its digits however little it is. A logit that is more than -LEAST below the largest
     (minus infinity, say) counts as that far below: differences of log-probabilities stay finite.
     In a row of nothing else every log-probability is LEAST.
     """
@@ -228,7 +228,7 @@ def block_top_k(
 ) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
     """`jax.lax.top_k`, ties included, by sorting V / block + k * block values in place of V.
 
-    The k largest lie in the k blocks with the largest maxima: each of those has an element that no
+    The k largest are in the k blocks with the largest maxima: each of those has an element that no
     element of another block exceeds. Where such a maximum ties, `top_k` takes the earlier block,
     and the candidates keep the order of their ids, so that equal values come lowest id first.
     """

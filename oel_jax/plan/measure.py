@@ -17,7 +17,7 @@ class Compiled:
 
     Attributes:
       seconds: that compiling took, by the clock.
-      cpu_seconds: the same of all cores together; what the machine does beside does not matter.
+      cpu_seconds: the same of all cores together; what else the machine does makes no difference.
       arguments, temporaries: bytes; `outputs` are those that do not take an argument's place.
       flops, optimal_seconds: the compiler's own, where it gives some. It counts the body of a loop
         once, so they are far too low for a program with loops.

@@ -210,7 +210,7 @@ def _cpu(text: str, count: int) -> Target:
     if len(devices) < count:
         raise UserError(
             f"--target={text}: JAX has started with {len(devices)} CPU device(s) in this process; "
-            "plan in a process of its own"
+            "plan in its own process"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Rough figures of one core: they keep the arithmetic going and are no claim.

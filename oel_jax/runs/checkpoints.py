@@ -1,8 +1,8 @@
-"""Checkpoints inside a round: when they are written, how many stay, and which one to go on from.
+"""Checkpoints inside a round: when they are written, how many stay, and which one to resume from.
 
 Orbax writes them in the background, each process its own shards, and gives a directory its name
 when it is complete: a save that was killed leaves nothing that could be taken for a checkpoint.
-What is saved does not depend on when: a run that goes on from any of them ends in the same bits, on
+What is saved does not depend on when: a run that resumes from any of them ends in the same bits, on
 these or on other devices.
 """
 
@@ -119,7 +119,7 @@ class RoundCheckpoints:
             ) from error
 
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints behind `step`."""
+        """Delete the checkpoints after `step`."""
         self.wait()
         for kept in self.steps:
             if kept > step:

@@ -48,7 +48,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def samples_of(evaluation: Path) -> Path:
-    """Whole games of an evaluation, beside its result: start.json -> start.samples.json."""
+    """Whole games of an evaluation, next to its result: start.json -> start.samples.json."""
     return evaluation.with_suffix(".samples.json")
 
 
@@ -191,7 +191,7 @@ class Workdir:
         return (self.round(round_number) / "consolidate").absolute()
 
     def drop_checkpoints(self, round_number: int) -> None:
-        """Delete the checkpoints of a round that is consolidated: nothing goes on from them."""
+        """Delete the checkpoints of a round that is consolidated: nothing resumes from them."""
         shutil.rmtree(self.checkpoints(round_number), ignore_errors=True)
 
     def adapter(self, round_number: int) -> Path:
@@ -222,7 +222,7 @@ class Workdir:
         allow_change: bool = False,
         today: datetime.datetime | None = None,
     ) -> "Workdir":
-        """Create the directory or go on with an old one; takes the lock.
+        """Create the directory or resume in an old one; takes the lock.
 
         Args:
           config: plain JSON types (`oel_jax.config.as_json`).
@@ -298,7 +298,7 @@ class Workdir:
             )
             raise UserError(
                 f"--workdir={self.root} holds a run with another config:\n{lines}\n"
-                "Use a new --workdir, the old values, or --allow_config_change to go on with the "
+                "Use a new --workdir, the old values, or --allow_config_change to resume with the "
                 "new ones (finished stages stay as they are)."
             )
         if changes:
@@ -357,7 +357,7 @@ class Workdir:
                 )
 
     def finish(self, round_number: int, stage: str, files: Iterable[Path], seconds: float) -> None:
-        """Record a finished stage; a directory stands for all files in it.
+        """Record a finished stage; a directory means all files in it.
 
         Args:
           round_number: from 1; 0 for what belongs to the run, not to a round.

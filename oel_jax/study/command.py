@@ -222,10 +222,10 @@ def _run_all(
                 raise UserError(f"it needs the run of {lacking[0]}, which failed")
             _run_one(one, shelf, devices, today)
             record.unlink(missing_ok=True)
-        except Exception as error:  # whatever it is, the other variants go on
+        except Exception as error:  # whatever it is, the other variants continue
             failed[name] = printable(f"{type(error).__name__}: {error}")
             write_bytes(record, traceback.format_exc().encode("utf-8", "replace"))
-            print(f"FAILED, the others go on: {failed[name]}\n(traceback: {record})")
+            print(f"FAILED, the others continue: {failed[name]}\n(traceback: {record})")
         _drop_compiled()
     return failed
 

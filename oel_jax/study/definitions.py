@@ -80,7 +80,7 @@ Point = tuple[str, str]  # (variant, measure), by name
 
 @dataclass(frozen=True)
 class Expectation:
-    """Something the study expects to see: `higher` above `lower`, or a test of its own.
+    """Something the study expects to see: `higher` above `lower`, or its own test.
 
     Attributes:
       higher, lower: (variant, measure); the mean of the first must be above that of the second.
@@ -361,7 +361,7 @@ def runs(study: Study, root: Path) -> list[Planned]:
 
 
 def run_directory(root: Path, variant: str, seed: int) -> Path:
-    """Where the run of a variant with a seed lies in the workdir of a study."""
+    """Where the run of a variant with a seed is in the workdir of a study."""
     return root / variant / f"seed_{seed}"
 
 

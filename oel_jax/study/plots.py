@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from oel_jax.study.definitions import Plot, Study
 from oel_jax.study.results import RATES, Cell, Results
 
-# Told apart without colour vision too (Okabe and Ito), and each with a marker of its own.
+# Told apart without colour vision too (Okabe and Ito), and each with its own marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
 _INK, _FAINT = "#222222", "#DDDDDD"

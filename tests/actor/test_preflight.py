@@ -81,7 +81,7 @@ def test_every_text_is_played_on_the_boards_behind_those_of_training(flown):
             prompt = play_prompt(turn.messages[0]["content"], game.job.context.text)
             assert list(turn.prompt_ids) == tokenizer.chat(prompt, thinking=True)
     assert len({(game.job.key, game.job.chain) for game in played}) == 1  # the same chances
-    # No text waits until another has ended: their openings lie side by side in the sampler.
+    # No text waits until another has ended: their openings are side by side in the sampler.
     assert len({game.job.context.text for game in played[:2]}) == 2
     trained = {seed for step in (1, 2, 3) for seed in environments.deploy_seeds(1, step, 4)}
     others = set(environments.heldout_seeds()) | set(environments.extraction_seeds(1, 2))
@@ -142,7 +142,7 @@ def test_empty_and_equal_texts_are_not_played_twice(finished_run, flown, tmp_pat
     assert (empty["gain"], empty["ci95"]) == (0.0, [0.0, 0.0])
     assert one == other | {"chain": 2}
     assert result["gain"] == pytest.approx((good["gain"] + 2 * one["gain"]) / 4)
-    # Chances do not depend on which other texts are played beside, or in which order.
+    # Chances do not depend on which other texts are played at the same time, or in which order.
     other_order = read_json(flown[0] / "round_001" / "preflight.json")
     assert one | {"chain": 0} == other_order["texts"][0]
     assert result["without"] == other_order["without"]

@@ -238,7 +238,7 @@ def test_prompts_as_in_transformers(kind, tmp_path):
     ],
 )
 def test_directories_that_transformers_has_written(kind, name, tmp_path):
-    """Its classes put parts of their own in the place of the file's; then the file has them."""
+    """Its classes put their own parts in the place of the file's; then the file has them."""
     directory = write(
         tmp_path / "a", KINDS[kind](), TEMPLATES["lines"], TOKENS, tokenizer_class=name
     )

@@ -1,7 +1,7 @@
 """Runs that are broken on purpose do not learn, and the same run unbroken does.
 
 One round of the real loop with the bundled model: the sound run comes first and must rise, then
-each control goes on from a copy of its games (and of its knowledge, where it leaves that alone).
+each control resumes from a copy of its games (and of its knowledge, where it leaves that alone).
 """
 
 import difflib

@@ -158,7 +158,7 @@ def test_nothing_new_in_other_words_is_no_such_answer():
 
 
 def items(*sizes):
-    """Items of the given numbers of tokens, the newline behind each not counted."""
+    """Items of the given numbers of tokens, the newline after each not counted."""
     return [f"{ITEM}" + f" w{i}" * (size - 3) for i, size in enumerate(sizes)]
 
 

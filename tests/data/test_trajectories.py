@@ -531,7 +531,7 @@ def test_a_killed_process_loses_no_finished_game(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):
-    """A file size limit stands for the full disk: the failing write is a partial one."""
+    """A file size limit acts as the full disk: the failing write is a partial one."""
     path = write(tmp_path / "a.jsonl", make_game(0))
     line = os.path.getsize(path)
     done = run_python(

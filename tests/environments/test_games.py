@@ -357,7 +357,7 @@ def test_models_know_blocked_boxes_goals_under_the_player_and_hopeless_boards():
 
 
 def docstring_game():
-    """The class that the protocol's docstring shows, executed as it stands there."""
+    """The class that the protocol's docstring shows, executed as it is there."""
     text = environments.protocol.__doc__
     lines = iter(text[text.index("    from oel_jax") :].split("\n"))
     code = itertools.takewhile(lambda line: not line or line.startswith("    "), lines)

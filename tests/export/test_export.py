@@ -1,4 +1,4 @@
-"""`python -m oel_jax.export`: the model of a round as a directory of its own."""
+"""`python -m oel_jax.export`: the model of a round as its own directory."""
 
 import json
 import shutil

@@ -165,7 +165,7 @@ fi
     assert "preemption notice" in log.read_text() and "starting model" in log.read_text()
 
 
-# Two tasks, each on a "node" of its own, with what Slurm tells them; the highest exit code.
+# Two tasks, each on its own "node", with what Slurm tells them; the highest exit code.
 START_TWO = """
 while [[ $1 = --* ]]; do shift; done
 for task in 0 1; do
@@ -201,7 +201,7 @@ def test_the_processes_of_a_job_find_each_other(tmp_path, tools):
 TPU = {"ZONE": "us-east5-a", "TYPE": "v5p-16", "VERSION": "v2-alpha-tpuv5", "PAUSE": "0"}
 TPU |= {"NFS": "10.0.0.2:/oel", "WORKDIR": "", "SPOT": "", "KEEP": "", "PROJECT": "", "JAX": ""}
 
-# The slice's state lies in a file; the run's exit codes, one a start, in another.
+# The slice's state is in a file; the run's exit codes, one a start, in another.
 GCLOUD = """
 cd "$STATE"
 case $4 in

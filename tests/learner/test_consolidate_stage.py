@@ -252,7 +252,7 @@ def test_a_step_tells_its_memory_its_time_and_its_trace(finished_run, tmp_path, 
     for name in ("student, float32", "AdamW's moments", "knowledge, encoded", "rollout cache"):
         assert name in out
     assert "predicted" in out and "GB predicted for a step" in out
-    # Where TensorBoard's profile plugin looks: beside the curves of the stage.
+    # Where TensorBoard's profile plugin looks: next to the curves of the stage.
     assert list((work / "tensorboard/plugins/profile").glob("*/*.xplane.pb"))
     (row,) = [r for r in read_metrics(work / "metrics.jsonl") if r["stage"] == "time_consolidate"]
     assert row["time"]["consolidate_seconds"] > row["time"]["consolidate_compile_seconds"] >= 0

@@ -105,7 +105,7 @@ def test_offload_of_an_adapters_moments(finished_run, tmp_path, kinds):
 
 @pytest.mark.slow
 def test_the_teacher_can_have_another_dtype(finished_run, plain, tmp_path, monkeypatch):
-    """In float32 beside a bfloat16 student, and the other way round."""
+    """In float32 with a bfloat16 student, and the other way round."""
     teachers, made = [], module.Teacher
 
     def watched(*words, **settings):

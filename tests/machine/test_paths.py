@@ -84,7 +84,7 @@ def test_no_field_is_forgotten():
 
 # --- commands -------------------------------------------------------------------------------------
 
-COMMANDS = {  # module -> (flags it needs besides, its flags that are paths)
+COMMANDS = {  # module -> (further flags it needs, its flags that are paths)
     "oel_jax.study.command": (["--study=configs/studies/table1.py"], ["--workdir"]),
     "oel_jax.report.page": ([], ["--workdir"]),
     "oel_jax.export.command": (["--round=1"], ["--workdir", "--out"]),

@@ -186,7 +186,7 @@ def history_of(prompt):
 
 
 def answer_of(example):
-    """The answer behind the thought, which must be there exactly in thinking mode."""
+    """The answer after the thought, which must be there exactly in thinking mode."""
     match = re.fullmatch(r"<think>(.*?)</think>(.*)", example.reply, re.S)
     assert (match is not None) == example.thinking
     return match[2] if match else example.reply

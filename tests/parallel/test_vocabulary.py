@@ -44,7 +44,7 @@ def test_the_largest_is_the_first_of_the_equal_ones(kind):
 
 
 def test_a_wide_vocabulary_is_sorted_in_blocks():
-    """No sort of the whole row: that is what costs on an accelerator."""
+    """No sort of the whole row, which costs much on an accelerator."""
 
     def widths(function):
         text = jax.jit(function).lower(np.zeros((2, 32_768), np.float32)).as_text()

@@ -156,7 +156,7 @@ def test_a_notice_saves_the_step_and_the_run_goes_on_the_same(
     monkeypatch.undo()
     go(work, config)
     assert results(work) == results(finished_run)
-    assert not (work / "round_001" / "consolidate").exists()  # nothing goes on from there
+    assert not (work / "round_001" / "consolidate").exists()  # nothing resumes from there
 
 
 def test_a_notice_during_games_loses_none(finished_run, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_a_run_of_the_old_layout_is_read_and_not_resumed(tmp_path):
         w.finish(1, "deploy", [old], 1.5)
     with pytest.raises(UserError, match=r"older version .*round_001/deploy.* new --workdir"):
         Workdir(tmp_path / "run").open(CONFIG)
-    assert Workdir(tmp_path / "run").finished(1, "deploy")  # what only reads goes on
+    assert Workdir(tmp_path / "run").finished(1, "deploy")  # what only reads continues
     assert lock_directory(tmp_path / "run")  # and the lock was given back
 
 
@@ -233,7 +233,7 @@ def test_a_second_process_is_refused_by_pid(tmp_path):
     assert holder.stdout.readline() == b"open\n"
     with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
         Workdir(tmp_path).open({"seed": 0})
-    holder.kill()  # a killed process leaves no lock behind
+    holder.kill()  # a killed process leaves no lock
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()

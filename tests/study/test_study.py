@@ -436,7 +436,7 @@ def test_content_counts_not_the_path(finished_run, tmp_path):
     for ours, theirs in zip(keys(model__path=str(model)), first, strict=True):
         deployed, extracted, _, evaluated = zip(ours, theirs, strict=True)
         assert deployed[0] != deployed[1] and extracted[0] != extracted[1]
-        if evaluated[0]:  # P_2 is a file of its own, whatever it was made from
+        if evaluated[0]:  # P_2 is its own file, whatever it was made from
             assert evaluated[0][0] != evaluated[1][0] and evaluated[0][1] == evaluated[1][1]
     template = tmp_path / "template.txt"
     template.write_text("{LATEST_EXPERIENCE} and {PREVIOUS_EXPERIENCE}")

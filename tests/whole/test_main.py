@@ -1,4 +1,4 @@
-"""The command: what a user gets wrong ends in one message; nothing is lost or left behind."""
+"""The command: what a user gets wrong ends in one message; nothing is lost or left over."""
 
 import json
 import logging
