@@ -92,5 +92,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _left_out:
         tiers = ", ".join(f"{name} {count}" for name, count in sorted(_left_out.items()))
         terminalreporter.write_line(
-            f"left out: {_left_out.total()} of slower tiers ({tiers}); bash tests/run.sh --all runs them"
+            f"left out: {_left_out.total()} of slower tiers ({tiers}); "
+            "bash tests/run.sh --all runs them"
         )

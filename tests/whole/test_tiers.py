@@ -1,4 +1,4 @@
-"""The tiers of the tests: what runs, what is said, and that a slow test of the default one fails."""
+"""The tiers of the tests: what runs, what is said, and that a slow test fails the default one."""
 
 import os
 import re
