@@ -37,7 +37,8 @@ from oel_jax.errors import UserError
 from oel_jax.learner.memory import used
 from oel_jax.models.decoder import KeyValues, Prefix, forward
 from oel_jax.models.language_model import LanguageModel, load_model
-from oel_jax.models.shared_prefix import encode_prefix, padded_length
+from oel_jax.models.lengths import padded_length
+from oel_jax.models.shared_prefix import encode_prefix
 from oel_jax.parallel.mesh import put_batch
 from oel_jax.runs.profiling import compile_seconds
 

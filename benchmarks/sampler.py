@@ -24,9 +24,9 @@ from oel_jax.learner.memory import used
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.language_model import DTYPES, LanguageModel, load_model
 from oel_jax.runs.profiling import compile_seconds
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 OPENINGS, OPENING, STEP = 19, 160, 100  # a Frozen Lake board in Qwen3's tokens is about 90
 
@@ -63,16 +63,18 @@ class Ours:
         self.sampler = Sampler(
             model.cfg,
             model.mesh,
-            slots=len(history),
-            max_len=length(0, turns - 1) + new,
-            max_new=new,
-            how=Sampling(0.7),
+            SamplerConfig(
+                slots=len(history),
+                length=length(0, turns - 1) + new,
+                response=new,
+                dtype=DTYPES[dtype],
+                decode_steps=new,
+                prefill_rows=min(16, len(history)),
+                longest_prefix=knowledge,
+            ),
+            sampling=Sampling(0.7),
             limit=model.cfg.vocab_size,
             stop_ids=(),
-            dtype=DTYPES[dtype],
-            decode_steps=new,
-            prefill_rows=min(16, len(history)),
-            longest_prefix=knowledge,
         )
 
     def __call__(self) -> None:

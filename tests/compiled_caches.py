@@ -23,7 +23,8 @@ from oel_jax.parallel.mesh import make_mesh
 from oel_jax.plan.programs import Arrays, programs
 from oel_jax.plan.targets import find
 from oel_jax.plan.workload import Layout, Workload
-from oel_jax.runs.samplers import SamplerLayout
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.sampling import RowSampling
 from oel_jax.sampler.slots import Admission, admit, copy_slots, put_prefix
 
 # Key heads and their width: Qwen3, Llama-3.2, and SmolLM2, whose heads fill no tile of a TPU.
@@ -122,7 +123,9 @@ def _others(a: Arrays, state) -> dict:
     mesh, rows = a.layout.mesh, a.work.play.rows
     number = partial(a.rows, mesh, rows)
     group = jax.ShapeDtypeStruct((), jnp.int32)
-    new = Admission(*[number()] * 4, number(2, dtype=jnp.uint32), number())
+    how = RowSampling(number(dtype=jnp.float32), number(), number(dtype=jnp.float32))
+    key, stops = number(2, dtype=jnp.uint32), number(state.stops.shape[1])
+    new = Admission(*[number()] * 4, key, number(), how, stops)
     return {
         "put a text": lambda: put_prefix.lower(state, group, a.knowledge()),
         "copy slots": lambda: copy_slots.lower(state, number(), number(), width=256),
@@ -136,15 +139,8 @@ def look(
     """The programs that are given a cache or make one, compiled for a mesh."""
     config, cfg = default(), model(heads)
     config.model.dtype, config.loss.chunk = dtype, 64
-    slots = SamplerLayout(
-        slots=SLOTS,
-        rows=8,
-        prompt=64,
-        response=64,
-        length=LENGTH,
-        lanes=1,
-        shared=KNOWLEDGE,
-        draft=0,
+    slots = SamplerConfig(
+        slots=SLOTS, length=LENGTH, response=64, longest_prefix=KNOWLEDGE, prefill_chunk=64
     )
     shape = Shape(mesh.shape["fsdp"], 128, 64)
     work = Workload(slots, slots, None, KNOWLEDGE, 1, shape, shape, 1, 1.0)

@@ -29,7 +29,7 @@ from oel_jax.runs.metrics import table
 from oel_jax.runs.policies import load_player, policy_directory
 from oel_jax.runs.samplers import sampling
 from oel_jax.runs.session import Run
-from oel_jax.sampler.sampling import Sampling
+from oel_jax.sampler.requests import Sampling
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.intervals import board_clustered_interval
 from oel_jax.runs.metrics import Metrics, NoMetrics
-from oel_jax.runs.samplers import lane_count, sampling, slot_count
+from oel_jax.runs.samplers import prefix_count, sampling, slot_count
 from oel_jax.runs.session import Run
 from oel_jax.runs.workdir import samples_of
 
@@ -62,7 +62,7 @@ def evaluate(
     boards = environments.heldout_seeds(config.maps)
     fsdp = run.host.shape["fsdp"]
     slots = slot_count(run.config, fsdp, config.seeds * config.maps)
-    lanes = lane_count(fsdp, len(set(texts)), slots)
+    lanes = prefix_count(fsdp, len(set(texts)), slots)
     jobs = [
         Job(
             boards[column],

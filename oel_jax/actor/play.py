@@ -15,13 +15,12 @@ from oel_jax.data.trajectories import Transcript, Turn
 from oel_jax.errors import UserError
 from oel_jax.machine import preemption
 from oel_jax.models.language_model import LanguageModel
-from oel_jax.models.shared_prefix import SHARED_FROM, common_prefix
+from oel_jax.models.lengths import SHARED_FROM, common_prefix
 from oel_jax.runs.console import Progress
 from oel_jax.runs.keys import chain_key, generation_key
 from oel_jax.runs.samplers import build_sampler, play_layout
-from oel_jax.sampler.requests import Completion, Request
+from oel_jax.sampler.requests import Completion, Request, Sampling
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 
 @dataclass(frozen=True)

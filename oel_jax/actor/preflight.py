@@ -36,7 +36,7 @@ from oel_jax.report.gains import points
 from oel_jax.report.intervals import board_clustered_interval, paired_difference
 from oel_jax.runs.metrics import Metrics, NoMetrics, table
 from oel_jax.runs.policies import load_player, policy_directory
-from oel_jax.runs.samplers import lane_count, sampling, slot_count
+from oel_jax.runs.samplers import prefix_count, sampling, slot_count
 from oel_jax.runs.session import Run, finished
 
 
@@ -142,7 +142,7 @@ def _games(
     contexts = [Context("knowledge", text) if text else NOTHING for text in texts]
     fsdp = mesh.shape["fsdp"]
     slots = slot_count(config, fsdp, len(texts) * len(seeds))
-    lanes = lane_count(fsdp, sum(map(bool, texts)), slots)
+    lanes = prefix_count(fsdp, sum(map(bool, texts)), slots)
     jobs = [
         Job(seed, ("preflight", round_number), contexts[index], chain=0, tag=(index, column))
         for first in range(0, len(texts), lanes)  # as many texts at once as the sampler shares

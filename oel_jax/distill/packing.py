@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from oel_jax.models.shared_prefix import padded_length
+from oel_jax.models.lengths import padded_length
 
 
 @dataclass(frozen=True)

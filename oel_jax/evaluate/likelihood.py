@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import Params, forward, head
 from oel_jax.models.language_model import LanguageModel
-from oel_jax.models.shared_prefix import padded_length
+from oel_jax.models.lengths import padded_length
 from oel_jax.parallel import vocabulary as vocab
 from oel_jax.parallel.mesh import all_rows, parts, put_batch
 

@@ -35,9 +35,9 @@ from oel_jax.evaluate.responses import Answer, Place, Responses, prompt_digest
 from oel_jax.files import read_object
 from oel_jax.models.language_model import LanguageModel, load_model
 from oel_jax.runs.console import Progress
-from oel_jax.sampler.requests import Completion, Request, request_key
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Completion, Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 MAX_NEW = 256  # tokens of an answer where a task does not say: the harness's own default
 _MAX_NEW_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -322,18 +322,20 @@ class PolicyLM(LM):
         sampler = Sampler(
             model.cfg,
             model.mesh,
-            slots=slots,
-            max_len=max(len(request.prompt) + request.max_new for request in queue),
-            max_new=max(request.max_new for request in queue),
-            how=how,
+            SamplerConfig(
+                slots=slots,
+                length=max(len(request.prompt) + request.max_new for request in queue),
+                response=max(request.max_new for request in queue),
+                dtype=model.params["embed"].dtype,
+                decode_steps=s.decode_steps,
+                prefill_rows=min(s.prefill_rows, slots),
+                prefill_chunk=s.prefill_chunk,
+                block=self.block,
+                overlap=s.overlap,
+            ),
+            sampling=how,
             limit=model.vocab_limit,
             stop_ids=model.tokenizer.stop_ids,
-            dtype=model.params["embed"].dtype,
-            decode_steps=s.decode_steps,
-            prefill_rows=min(s.prefill_rows, slots),
-            prefill_chunk=s.prefill_chunk,
-            block=self.block,
-            overlap=s.overlap,
         )
         progress.follow(tokens=lambda: sampler.written)
         sampler.submit(queue)

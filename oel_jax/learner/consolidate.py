@@ -65,8 +65,8 @@ from oel_jax.runs.metrics import read as read_metrics
 from oel_jax.runs.policies import sampler_params
 from oel_jax.runs.profiling import StepTrace
 from oel_jax.runs.session import Run
+from oel_jax.sampler.requests import Sampling
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 
 @dataclass

@@ -22,7 +22,7 @@ from oel_jax.learner.contexts import draw_texts, own_contexts
 from oel_jax.learner.teacher import Teacher
 from oel_jax.machine import preemption
 from oel_jax.models.language_model import LanguageModel
-from oel_jax.models.shared_prefix import SHARED_FROM, shared_start
+from oel_jax.models.lengths import SHARED_FROM, shared_start
 from oel_jax.parallel import processes
 from oel_jax.runs.keys import generation_key
 from oel_jax.sampler.requests import Completion, Request

@@ -9,7 +9,8 @@ from oel_jax.chat.render import render
 from oel_jax.data.messages import Context, Dialogue
 from oel_jax.models.decoder import KeyValues, Params
 from oel_jax.models.language_model import LanguageModel
-from oel_jax.models.shared_prefix import common_prefix, encode_prefix, padded_length, shared_start
+from oel_jax.models.lengths import common_prefix, padded_length, shared_start
+from oel_jax.models.shared_prefix import encode_prefix
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from oel_jax.errors import UserError
 from oel_jax.models.language_model import load_model
 from oel_jax.nano import vocabulary
 from oel_jax.nano.players import AnyWorld, begin
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 TEMPERATURE = 0.7
 MAX_REPLY = 64  # tokens; the scripted player's longest reply has 50
@@ -97,15 +97,17 @@ class Reader:
         self._sampler = Sampler(
             self.model.cfg,
             self.model.mesh,
-            slots=slots,
-            max_len=MAX_LEN,
-            max_new=MAX_REPLY,
-            how=Sampling(temperature=TEMPERATURE),
+            SamplerConfig(
+                slots=slots,
+                length=MAX_LEN,
+                response=MAX_REPLY,
+                # Replies have 20 to 40 tokens: a finished one waits for at most seven steps.
+                decode_steps=8,
+                prefill_rows=prefill_rows,
+            ),
+            sampling=Sampling(temperature=TEMPERATURE),
             limit=self.model.vocab_limit,
             stop_ids=self.model.tokenizer.stop_ids,
-            # Replies have 20 to 40 tokens: a finished one waits for at most seven steps.
-            decode_steps=8,
-            prefill_rows=prefill_rows,
         )
 
     def answer(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from oel_jax.models.attention import key_tile
 from oel_jax.models.config import ModelConfig
 from oel_jax.plan.programs import Arrays, Program
-from oel_jax.runs.samplers import SamplerLayout
+from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.slots import cache_block
 
 
@@ -149,25 +149,25 @@ def cost(program: Program, arrays: Arrays) -> Cost:
     return Cost(moved / 4 * 5, moved + sum(program.bytes[k] for k in ("student", "optimizer")), 0.0)
 
 
-def _slots(arrays: Arrays, stage: str) -> SamplerLayout:
+def _slots(arrays: Arrays, stage: str) -> SamplerConfig:
     work = arrays.work
     named = {"play with knowledge": work.informed, "extract": work.extractor}
     return named.get(stage) or work.play
 
 
-def _sampling_cost(count: _Counter, kind: str, program: Program, s: SamplerLayout) -> Cost:
+def _sampling_cost(count: _Counter, kind: str, program: Program, s: SamplerConfig) -> Cost:
     rows, tokens, seen = program.sizes
     cfg, here = count.cfg, program.sizes[0] / count.fsdp
     # Whole blocks of the cache are read, as far as the longest slot reaches.
     block = cache_block(s.length)
-    keys = math.ceil((seen - s.shared) / block) * block + s.shared
+    keys = math.ceil((seen - s.longest_prefix) / block) * block + s.longest_prefix
     flops = layers_flops(cfg, rows * tokens, rows * tokens * keys) / (count.fsdp * count.tp)
-    size = count.cache * here * (keys - s.shared)
+    size = count.cache * here * (keys - s.longest_prefix)
     parts = [(size, 0.0), count.weights(1), count.activations(here * tokens, 1)]
     if kind == "prefill":  # one prefix is gathered layer by layer; decoding reads one's own part
-        parts.append(count.prefix(s.shared))
+        parts.append(count.prefix(s.longest_prefix))
     else:
-        parts.append((count.cache * s.lanes * s.shared / count.fsdp, 0.0))
+        parts.append((count.cache * s.prefixes * s.longest_prefix / count.fsdp, 0.0))
     if kind == "decode":
         flops += head_flops(cfg, rows * tokens) / (count.fsdp * count.tp)
         parts.append(count.head(here * tokens, 1))

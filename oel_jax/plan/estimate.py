@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from oel_jax.models.shared_prefix import padded_length
+from oel_jax.models.lengths import padded_length
 from oel_jax.plan.costs import Cost, cost, rough_temporaries
 from oel_jax.plan.measure import Compiled
 from oel_jax.plan.programs import Arrays, Program, living, programs
 from oel_jax.plan.targets import Target
 from oel_jax.plan.workload import Amounts, Assumptions, amounts
-from oel_jax.runs.samplers import SamplerLayout
+from oel_jax.sampler.config import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -176,21 +176,21 @@ def _again(plan: Plan, name: str, tokens: float) -> float:
     return plan.time(replace(other, sent=sent), program).seconds * math.ceil(tokens / chunk)
 
 
-def _answers(plan: Plan, stage: str, s: SamplerLayout, count: float, prompt: float) -> float:
+def _answers(plan: Plan, stage: str, s: SamplerConfig, count: float, prompt: float) -> float:
     """Seconds for so many answers to prompts with so many new tokens, shared by all processes."""
     if not count:
         return 0.0
     a, mine = plan.assumed, count / plan.target.processes
-    prefill = mine / (s.rows * a.occupancy) * _again(plan, f"prefill, {stage}", prompt)
+    prefill = mine / (s.prefill_rows * a.occupancy) * _again(plan, f"prefill, {stage}", prompt)
     steps = max(a.answer_tokens, mine * a.answer_tokens / (s.slots * a.occupancy))
     return prefill + steps * _one(plan, f"decode, {stage}") / (1 + s.draft)
 
 
-def _extraction(plan: Plan, s: SamplerLayout, amount: Amounts) -> float:
+def _extraction(plan: Plan, s: SamplerConfig, amount: Amounts) -> float:
     """Chains grow in lock-step: each wave waits for its longest answer."""
     a, config = plan.assumed, plan.arrays.config
     calls = amount.extractor_calls / amount.extractor_waves / plan.target.processes
     prompt = a.turns * (a.turn_tokens + a.answer_tokens) + 1024
     prompt += config.extract.l_max / 2 if config.extract.previous else 0
-    prefill = math.ceil(calls / s.rows) * _again(plan, "prefill, extract", prompt)
+    prefill = math.ceil(calls / s.prefill_rows) * _again(plan, "prefill, extract", prompt)
     return amount.extractor_waves * (prefill + a.extract_tokens * _one(plan, "decode, extract"))

@@ -24,14 +24,18 @@ from oel_jax.models.cache_storage import platform_of, stored_dtype
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues, abstract_params, param_shardings
 from oel_jax.models.language_model import DTYPES
-from oel_jax.models.shared_prefix import PREFIX, encode_rows, padded_length
+from oel_jax.models.lengths import padded_length
+from oel_jax.models.shared_prefix import PREFIX, encode_rows
 from oel_jax.parallel.mesh import device_bytes, spec, whole_place
 from oel_jax.parallel.offload import HOST, parts
 from oel_jax.plan.workload import Layout, Workload
 from oel_jax.runs.policies import sampler_params
-from oel_jax.runs.samplers import SamplerLayout, sampling
-from oel_jax.sampler.sampling import Sampling
-from oel_jax.sampler.slots import Piece, SlotState, abstract_state, decode, extend
+from oel_jax.runs.samplers import sampling
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.decode import decode
+from oel_jax.sampler.prefill import Piece, extend
+from oel_jax.sampler.requests import Sampling
+from oel_jax.sampler.slots import SlotState, abstract_state
 
 # Stages, in the order of a round; what lives together is counted for each.
 STAGES = ("play", "play with knowledge", "extract", "resume", "rollouts", "update", "export")
@@ -149,19 +153,9 @@ class Arrays:
         """[count, *rest], rows split over the devices."""
         return self.array(mesh, dtype, (count, *rest), "batch", *[None] * len(rest))
 
-    def state(self, cfg: ModelConfig, s: SamplerLayout) -> SlotState:
+    def state(self, cfg: ModelConfig, s: SamplerConfig) -> SlotState:
         """The sampler's slots, on the devices of one process."""
-        return abstract_state(
-            cfg,
-            self.layout.host,
-            s.slots,
-            s.length,
-            s.response,
-            self.dtype,
-            groups=s.lanes,
-            shared=s.shared,
-            drafting=s.draft > 0,
-        )
+        return abstract_state(cfg, self.layout.host, s)
 
     def knowledge(self) -> KeyValues:
         """One encoded text, as the teacher reads it."""
@@ -259,15 +253,17 @@ def programs(arrays: Arrays) -> Iterator[Program]:
 
 
 def _sampling(
-    a: Arrays, stage: str, cfg: ModelConfig, s: SamplerLayout, how: Sampling, weights: Any = None
+    a: Arrays, stage: str, cfg: ModelConfig, s: SamplerConfig, how: Sampling, weights: Any = None
 ) -> Iterator[Program]:
     """Reading a piece of some prompts, and writing a token of every slot."""
     mesh, state = a.layout.host, a.state(cfg, s)
     if weights is None:
         weights = a.policy if cfg is a.cfg else a.played_with(a._params(cfg, a.dtype, mesh))
     none = a.array(mesh, jnp.int32, ())
-    chunk = padded_length(min(a.config.sampler.prefill_chunk, s.prompt))
-    piece = Piece(a.rows(mesh, s.rows, chunk), *[a.rows(mesh, s.rows) for _ in range(4)], none)
+    chunk = padded_length(min(s.prefill_chunk, s.length - s.response))
+    piece = Piece(
+        a.rows(mesh, s.prefill_rows, chunk), *[a.rows(mesh, s.prefill_rows) for _ in range(4)], none
+    )
     given = {"policy": weights, "KV cache": state}
     yield Program(
         f"prefill, {stage}",
@@ -275,17 +271,18 @@ def _sampling(
         mesh,
         given | {"batch": piece},
         lambda: extend.lower(cfg, weights, state, piece),
-        (s.rows, chunk, s.length // 2 + s.shared),
+        (s.prefill_rows, chunk, s.length // 2 + s.longest_prefix),
     )
-    # Which ids end an answer, and which are padding, is the tokenizer's business; it costs nothing.
-    static = {"how": how, "limit": cfg.vocab_size, "stop_ids": (1,), "draft": s.draft}
+    # Which ids are padding is the tokenizer's business; it costs nothing.
+    widths = (how.candidates(cfg.vocab_size),)
+    static = {"limit": cfg.vocab_size, "widths": widths, "draft": s.draft}
     yield Program(
         f"decode, {stage}",
         stage,
         mesh,
         given,
         lambda: decode.lower(cfg, weights, state, none, **static),
-        (s.slots, 1 + s.draft, s.length // 2 + s.shared),
+        (s.slots, 1 + s.draft, s.length // 2 + s.longest_prefix),
     )
 
 

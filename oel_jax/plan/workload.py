@@ -14,13 +14,13 @@ import numpy as np
 
 from oel_jax.config.budgets import has_extractor, play_budget
 from oel_jax.distill.packing import Sample, Shape, plan
-from oel_jax.models.shared_prefix import SHARED_FROM, padded_length
+from oel_jax.models.lengths import SHARED_FROM, padded_length
 from oel_jax.runs.samplers import (
-    SamplerLayout,
     extraction_layout,
     extraction_width,
     play_layout,
 )
+from oel_jax.sampler.config import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Workload:
       filled: share of the tokens of these micro-batches that are not padding.
     """
 
-    play: SamplerLayout
-    informed: SamplerLayout | None
-    extractor: SamplerLayout | None
+    play: SamplerConfig
+    informed: SamplerConfig | None
+    extractor: SamplerConfig | None
     knowledge: int
     texts: int
     widest: Shape
@@ -120,7 +120,7 @@ class Workload:
 
 def samplers(
     config: ml_collections.ConfigDict, layout: Layout, header: int
-) -> tuple[SamplerLayout, SamplerLayout | None, SamplerLayout | None]:
+) -> tuple[SamplerConfig, SamplerConfig | None, SamplerConfig | None]:
     """The samplers of one process: of play, of play with knowledge, and of the extractor.
 
     Args:

@@ -3,41 +3,20 @@
 The sizes follow from the config and the mesh alone, so that the planner computes the same ones.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import jax
 import ml_collections
 
 from oel_jax.config.budgets import extractor_budget, play_budget
+from oel_jax.errors import UserError
 from oel_jax.models.language_model import DTYPES, LanguageModel
-from oel_jax.models.shared_prefix import SHARED_FROM
+from oel_jax.models.lengths import SHARED_FROM
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Request, RequestError, Sampling
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
-LANES = 4  # knowledge texts that are played with at the same time, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerLayout:
-    """Sizes of one sampler, in sequences and tokens.
-
-    Attributes:
-      slots, rows: sequences decoded, and encoded, at once; multiples of the mesh's 'fsdp' size.
-      prompt: of a request at most, its shared prefix not counted.
-      response: of a request at most.
-      length: of a slot's cache: prompt and response, unless `sampler.max_len` says otherwise.
-      lanes, shared: shared prefixes held at once, and the tokens of the longest.
-      draft: drafted in each pass; 0: none.
-    """
-
-    slots: int
-    rows: int
-    prompt: int
-    response: int
-    length: int
-    lanes: int
-    shared: int
-    draft: int
+MOST_PREFIXES = 4  # knowledge texts that are played with at the same time, at most
 
 
 def slot_count(config: ml_collections.ConfigDict, fsdp: int, wanted: int = 0) -> int:
@@ -46,14 +25,14 @@ def slot_count(config: ml_collections.ConfigDict, fsdp: int, wanted: int = 0) ->
     return min(most, -(-wanted // fsdp) * fsdp) if wanted else most
 
 
-def lane_count(fsdp: int, texts: int, slots: int) -> int:
+def prefix_count(fsdp: int, texts: int, slots: int) -> int:
     """How many of `texts` shared prefixes are read at once; their slots are equally many.
 
     With several, slots that one text no longer needs do not stand still until all its games
     have ended; with many, each is read for few slots.
     """
     each = slots // fsdp
-    return max(m for m in range(1, LANES + 1) if m == 1 or (m <= texts and each % m == 0))
+    return max(m for m in range(1, MOST_PREFIXES + 1) if m == 1 or (m <= texts and each % m == 0))
 
 
 def layout(
@@ -66,7 +45,7 @@ def layout(
     texts: int = 0,
     shared: int = 0,
     draft: int = 0,
-) -> SamplerLayout:
+) -> SamplerConfig:
     """Sizes of a sampler for prompts of up to `prompt` tokens and responses of up to `response`.
 
     Args:
@@ -78,14 +57,18 @@ def layout(
     """
     s = config.sampler
     slots = slot_count(config, fsdp, requests)
-    return SamplerLayout(
+    return SamplerConfig(
         slots=slots,
-        rows=min(s.prefill_rows, slots),
-        prompt=prompt,
-        response=response,
         length=s.max_len or prompt + response,
-        lanes=lane_count(fsdp, texts, slots),
-        shared=shared,
+        response=response,
+        prefill_rows=min(s.prefill_rows, slots),
+        prefixes=prefix_count(fsdp, texts, slots),
+        longest_prefix=shared,
+        decode_steps=s.decode_steps,
+        prefill_chunk=s.prefill_chunk,
+        block=config.model.attention_block,
+        dtype=DTYPES[config.model.dtype],
+        overlap=s.overlap,
         draft=draft,
     )
 
@@ -98,7 +81,7 @@ def play_layout(
     texts: int,
     shared: int,
     requests: int = 0,
-) -> SamplerLayout:
+) -> SamplerConfig:
     """Sizes of a sampler that plays games.
 
     Args:
@@ -127,7 +110,7 @@ def extraction_width(config: ml_collections.ConfigDict) -> int:
     return 1 if config.extract.previous else max(1, config.sampler.slots // config.extract.chains)
 
 
-def extraction_layout(config: ml_collections.ConfigDict, fsdp: int, chains: int) -> SamplerLayout:
+def extraction_layout(config: ml_collections.ConfigDict, fsdp: int, chains: int) -> SamplerConfig:
     """Sizes of the extractor's sampler, for this many chains."""
     prompt, response = extractor_budget(config)
     return layout(
@@ -145,36 +128,51 @@ def sampling(section: ml_collections.ConfigDict) -> Sampling:
     return Sampling(section.temperature, section.top_k, section.top_p)
 
 
+class RunSampler(Sampler):
+    """A sampler whose limits are named as the config's fields are."""
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests.
+
+        Raises:
+          UserError: one does not fit.
+        """
+        try:
+            super().submit(requests)
+        except RequestError as error:
+            raise UserError(
+                f"{error}: raise config.sampler.max_prompt or config.sampler.max_response (games), "
+                "config.extract.max_prompt or config.extract.l_max (extractor), or "
+                "config.sampler.max_len if it is set"
+            ) from error
+
+
 def build_sampler(
     config: ml_collections.ConfigDict,
     model: LanguageModel,
     mesh: jax.sharding.Mesh,
-    how: Sampling,
-    sizes: SamplerLayout,
+    sampling: Sampling,
+    sizes: SamplerConfig,
 ) -> Sampler:
     """A sampler of these sizes.
 
     Args:
       model: its shape, vocabulary and stop ids; weights come with each call of the sampler.
       mesh: the devices of this process.
+
+    Raises:
+      UserError: the slots or rows do not fit the mesh.
     """
-    s = config.sampler
-    return Sampler(
-        model.cfg,
-        mesh,
-        slots=sizes.slots,
-        max_len=sizes.length,
-        max_new=sizes.response,
-        how=how,
-        limit=model.vocab_limit,
-        stop_ids=model.tokenizer.stop_ids,
-        dtype=DTYPES[config.model.dtype],
-        decode_steps=s.decode_steps,
-        prefill_rows=sizes.rows,
-        prefill_chunk=s.prefill_chunk,
-        longest_prefix=sizes.shared,
-        prefixes=sizes.lanes,
-        block=config.model.attention_block,
-        overlap=s.overlap,
-        draft=sizes.draft,
-    )
+    try:
+        return RunSampler(
+            model.cfg,
+            mesh,
+            sizes,
+            sampling=sampling,
+            limit=model.vocab_limit,
+            stop_ids=model.tokenizer.stop_ids,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"{error}; see config.sampler.slots, config.sampler.prefill_rows and config.mesh"
+        ) from error

@@ -26,8 +26,8 @@ from oel_jax.runs.profiling import compile_seconds
 from oel_jax.runs.stages import Stage, function
 from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir
+from oel_jax.sampler.requests import Sampling
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 
 class Shelf(Protocol):
@@ -100,7 +100,7 @@ class Run:
         return samplers.slot_count(self.config, self.host.shape["fsdp"], wanted)
 
     def lanes(self, texts: int, slots: int) -> int:
-        return samplers.lane_count(self.host.shape["fsdp"], texts, slots)
+        return samplers.prefix_count(self.host.shape["fsdp"], texts, slots)
 
     def sampler(
         self,

@@ -1,59 +1,95 @@
 """Choosing the next token: temperature, then top-k, then top-p (spec section 5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import P
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import all_rows, parts
+from oel_jax.parallel.mesh import all_rows, parts, spec
+from oel_jax.sampler.requests import Sampling
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sampling:
-    """Static sampling settings.
+class RowSampling:
+    """Sampling settings of B rows, each with its own.
 
     Attributes:
-      temperature: 0 takes the most likely token.
-      top_k: 0 keeps the whole vocabulary.
-      top_p: keeps the smallest set of most likely tokens whose probability (after temperature and
-        top-k) reaches this; 1 keeps all.
+      temperature: above 0; 1 in a row that takes the most likely token.
+      candidates: how many of the likeliest tokens a row draws from, see `Sampling.candidates`.
+      top_p: share of probability that the row keeps.
     """
 
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Float[Array, " B"]
+    candidates: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], vocabulary: int) -> "RowSampling":
+        """NumPy arrays of these settings, for a vocabulary of so many ids."""
+        return cls(
+            np.array([row.temperature or 1.0 for row in rows], np.float32),
+            np.array([row.candidates(vocabulary) for row in rows], np.int32),
+            np.array([row.top_p for row in rows], np.float32),
+        )
 
 
-def _choose(how: Sampling, z: Array, keys: Array, count: Array) -> Int[Array, " B"]:
-    """Draw one id per row from logits `z` that are already divided by the temperature."""
-    if how.temperature == 0.0:
-        return vocab.argmax(z)
-    width = z.shape[-1]
+def _from_all(z: Array, keys: Array, count: Array) -> Int[Array, " B"]:
+    """Draw one id per row from all logits."""
+    return vocab.argmax(z + _noise(keys, count, z.shape[-1]))
 
-    def noise(key: Array, index: Array, size: int) -> Array:
-        folded = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-        return jax.random.gumbel(folded, (size,))
 
-    if how.top_k == 0 and how.top_p >= 1.0:
-        return vocab.argmax(z + jax.vmap(partial(noise, size=width))(keys, count))
-    # A nucleus without top-k needs the whole order; with top-k only k candidates are ever sorted.
-    kept = min(how.top_k, width) if how.top_k else width
-    values, ids = vocab.top_k(z, kept)
-    if how.top_p < 1.0:
-        probs = jax.nn.softmax(values)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        values = jnp.where(before < how.top_p, values, -jnp.inf)
-    gumbel = jax.vmap(partial(noise, size=kept))(keys, count)
-    picked = jnp.argmax(values + gumbel, axis=-1)
+def _from_best(
+    candidates: int, z: Array, top_p: Array, keys: Array, count: Array
+) -> Int[Array, " B"]:
+    """Draw one id per row from the likeliest `candidates` that lie in the nucleus."""
+    values, ids = vocab.top_k(z, candidates)
+    if candidates == 1:
+        return ids[:, 0]
+    probs = jax.nn.softmax(values)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    values = jnp.where(inside, values, -jnp.inf)
+    picked = jnp.argmax(values + _noise(keys, count, candidates), axis=-1)
     return jnp.take_along_axis(ids, picked[:, None], axis=1)[:, 0]
 
 
+def _noise(keys: Array, count: Array, size: int) -> Float[Array, "B size"]:
+    def row(key: Array, index: Array) -> Array:
+        folded = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        return jax.random.gumbel(folded, (size,))
+
+    return jax.vmap(row)(keys, count)
+
+
+def _choose(
+    how: RowSampling, widths: tuple[int, ...], z: Array, keys: Array, count: Array
+) -> Int[Array, " B"]:
+    """One id per row. Work for a width that no row asks for is not done."""
+
+    def drawn(width: int) -> Int[Array, " B"]:
+        if width == 0:
+            return _from_all(z, keys, count)
+        return _from_best(width, z, how.top_p, keys, count)
+
+    if len(widths) == 1:
+        return drawn(widths[0])
+    token = nothing = jnp.zeros(z.shape[0], jnp.int32)
+    for width in widths:
+        mine = how.candidates == width
+        found = jax.lax.cond(mine.any(), partial(drawn, width), lambda: nothing)
+        token = jnp.where(mine, found, token)
+    return token
+
+
 def sample(
-    how: Sampling,
+    how: RowSampling,
+    widths: tuple[int, ...],
     limit: int,
     logits: Float[Array, "B V"],
     keys: UInt32[Array, "B 2"],
@@ -62,6 +98,9 @@ def sample(
     """Sample one token per row, all on one device.
 
     Args:
+      how: settings of each row.
+      widths: all numbers of candidates that occur in `how`, static. With one of them, every row is
+        drawn in that way; a row whose number is not among several gets a token of no meaning.
       limit: ids >= limit (padding rows of the embedding) are never sampled.
       logits: float32, whole rows.
       keys: raw key of each row's request; `count`, the number of tokens it has generated, is
@@ -69,16 +108,17 @@ def sample(
 
     Returns:
       Token ids and their log-probability under softmax(logits / temperature) over ids < limit,
-      before top-k and top-p; the softmax of the logits where the temperature is 0.
+      before top-k and top-p; the softmax of the logits where the most likely token is taken.
     """
     z = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
-    temperature = how.temperature or 1.0
-    token = _choose(how, z / temperature, keys, count)
+    temperature = how.temperature[:, None]
+    token = _choose(how, widths, z / temperature, keys, count)
     return token, vocab.log_softmax(z, temperature).at(token[:, None])[:, 0]
 
 
 def draw(
-    how: Sampling,
+    how: RowSampling,
+    widths: tuple[int, ...],
     limit: int,
     hidden: Float[Array, "B D"],
     matrix: Float[Array, "W D"],
@@ -95,19 +135,25 @@ def draw(
       matrix: the output matrix after `vocabulary.spread_over_all`; `size`, its vocabulary.
     """
 
-    def local(hidden, matrix, keys, count):
+    def local(how, hidden, matrix, keys, count):
         rows = hidden.shape[0]
         more = -rows % parts("tp")  # each device along tp draws for equally many
-        hidden, keys, count = (
-            jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1)) for x in (hidden, keys, count)
-        )
+
+        def padded(x: Array) -> Array:
+            return jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1), mode="edge")
+
+        how, hidden, keys, count = jax.tree.map(padded, (how, hidden, keys, count))
         z = vocab.whole_rows(vocab.logits(all_rows(hidden), matrix), size)
-        drawn = sample(how, limit, z, vocab.my_rows(keys), vocab.my_rows(count))
+        mine = jax.tree.map(vocab.my_rows, (how, keys, count))
+        drawn = sample(mine[0], widths, limit, z, *mine[1:])
         return jax.tree.map(lambda x: vocab.joined_rows(x)[:rows], drawn)
 
     if jax.sharding.get_abstract_mesh().empty:
-        return local(hidden, matrix, keys, count)
-    rows, wide = P("fsdp"), P("fsdp", None)
+        return local(how, hidden, matrix, keys, count)
+    rows, wide = spec("batch"), spec("batch", None)
     return jax.shard_map(
-        local, in_specs=(wide, vocab.SPREAD, wide, rows), out_specs=(rows, rows), check_vma=False
-    )(hidden, matrix, keys, count)
+        local,
+        in_specs=(rows, wide, vocab.SPREAD, wide, rows),
+        out_specs=(rows, rows),
+        check_vma=False,
+    )(how, hidden, matrix, keys, count)

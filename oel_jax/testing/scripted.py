@@ -125,14 +125,14 @@ def scripted(script: Script, model: str | Path) -> Iterator[list[ScriptedSampler
     Yields: the samplers made so far, for their `prompts`.
     """
     tokenizer, made = load_tokenizer(Path(model)), []
-    original = samplers.Sampler
+    original = samplers.RunSampler
 
     def build(*_: Any, **__: Any) -> ScriptedSampler:
         made.append(ScriptedSampler(script, tokenizer))
         return made[-1]
 
-    samplers.Sampler = build
+    samplers.RunSampler = build
     try:
         yield made
     finally:
-        samplers.Sampler = original
+        samplers.RunSampler = original

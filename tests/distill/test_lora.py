@@ -37,9 +37,9 @@ from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh, put_batch
 from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 module = importlib.import_module("oel_jax.learner.consolidate")
 __all__ = ["prompts"]  # a fixture of test_step
@@ -182,13 +182,10 @@ def test_the_sampler_plays_with_the_adapter(tiny_models, tmp_path):
         sampler = Sampler(
             model.cfg,
             model.mesh,
-            slots=8,
-            max_len=48,
-            max_new=16,
-            how=Sampling(0.7),
+            SamplerConfig(slots=8, length=48, response=16),
+            sampling=Sampling(0.7),
             limit=290,
             stop_ids=(5,),
-            prefill_rows=8,
         )
         answers.append([answer.ids for answer in sampler.generate(params, requests)])
     assert answers[0] == answers[1] != answers[2]

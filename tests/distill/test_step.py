@@ -23,7 +23,7 @@ from oel_jax.learner.teacher import Teacher
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import Params, Prefix, forward, init_params, param_shardings, unembed
 from oel_jax.models.language_model import LanguageModel
-from oel_jax.models.shared_prefix import common_prefix
+from oel_jax.models.lengths import common_prefix
 from oel_jax.parallel.mesh import device_bytes, make_mesh, put_batch
 
 TEXTS = ["- EXPERIENCE ITEM: H loses.\n- EXPERIENCE ITEM: G wins.", "Walk towards G.", ""]

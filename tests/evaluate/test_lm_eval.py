@@ -38,7 +38,7 @@ from oel_jax.models import bundled
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.runs.metrics import read
-from oel_jax.sampler.sampling import Sampling
+from oel_jax.sampler.requests import Sampling
 
 pytestmark = pytest.mark.lm_eval
 

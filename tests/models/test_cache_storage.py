@@ -26,9 +26,9 @@ from oel_jax.models.cache_storage import (
 from oel_jax.models.decoder import init_params, param_shardings
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.sampler import slots
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ROOT / ".venv" / "compilers"  # tests/run.sh puts them there, where no run finds them
@@ -93,16 +93,18 @@ def answers(dtype: str) -> list[tuple[list[int], np.ndarray]]:
     sampler = Sampler(
         cfg,
         mesh,
-        slots=4,
-        max_len=128,
-        max_new=12,
-        how=Sampling(1.0, top_k=1),
+        SamplerConfig(
+            slots=4,
+            length=128,
+            response=12,
+            dtype=jnp.dtype(dtype),
+            longest_prefix=64,
+            prefill_rows=4,
+            prefill_chunk=16,
+        ),
+        sampling=Sampling(1.0, top_k=1),
         limit=cfg.vocab_size,
         stop_ids=(),
-        dtype=jnp.dtype(dtype),
-        longest_prefix=64,
-        prefill_rows=4,
-        prefill_chunk=16,
     )
     draw = np.random.default_rng(0)
     text = tuple(draw.integers(0, 512, 64).tolist())

@@ -27,7 +27,7 @@ from oel_jax.plan import targets
 from oel_jax.plan.collectives import parse
 from oel_jax.plan.programs import Arrays
 from oel_jax.plan.workload import Layout, Workload
-from oel_jax.runs.samplers import SamplerLayout
+from oel_jax.sampler.config import SamplerConfig
 
 BOUND = 0.003  # a float32 sum that is rounded to bfloat16: 0.002
 ROWS, TOKENS, VOCABULARY, OFTEN = 4, 1021, 72, 3  # no other dimension has a multiple of TOKENS
@@ -208,9 +208,7 @@ def traced(kind, mesh, tokens):
     config.lora.rank = 4 if kind == "lora" else 0
     config.lora.targets = tuple(decoder.ADAPTABLE)
     cfg = dataclasses.replace(CFG, tie_embeddings=kind == "tied")
-    slots = SamplerLayout(
-        slots=16, rows=8, prompt=32, response=32, length=128, lanes=1, shared=64, draft=0
-    )
+    slots = SamplerConfig(slots=16, response=32, length=128, longest_prefix=64, prefill_chunk=32)
     shape = Shape(4, tokens, tokens)
     work = Workload(slots, slots, None, 64, 1, shape, shape, 1, 1.0)
     with jax.set_mesh(mesh):

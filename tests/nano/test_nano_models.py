@@ -18,7 +18,7 @@ from oel_jax.nano import examples, pretrain, vocabulary
 from oel_jax.nano import language as lang
 from oel_jax.nano.players import GAMES, play_out
 from oel_jax.nano.reader import Reader, Seat, WorldGame, play
-from oel_jax.sampler import sampler
+from oel_jax.sampler import scheduler
 
 # Held-out boards on which every condition is played; rooms that can be solved in five moves.
 BOARDS = 16
@@ -76,7 +76,7 @@ def test_the_bundled_model_is_a_whole_run_of_its_size(directory):
 def few_shapes():
     """Prompts are padded to one of two lengths, since every length is compiled for every model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "padded_length", lambda length: 128 if length <= 128 else 512)
+        patch.setattr(scheduler, "padded_length", lambda length: 128 if length <= 128 else 512)
         yield
 
 

@@ -18,7 +18,7 @@ from oel_jax.parallel.mesh import make_mesh
 from oel_jax.plan.collectives import array_bytes, parse
 from oel_jax.plan.programs import Arrays, programs
 from oel_jax.plan.workload import Layout, Workload
-from oel_jax.runs.samplers import SamplerLayout
+from oel_jax.sampler.config import SamplerConfig
 
 pytestmark = pytest.mark.mesh
 
@@ -57,8 +57,8 @@ def compiled(request):
     mesh = make_mesh(*request.param)
     config = default()
     config.model.dtype, config.loss.chunk = "float32", 64
-    slots = SamplerLayout(
-        slots=16, rows=8, prompt=32, response=32, length=128, lanes=1, shared=KNOWLEDGE, draft=0
+    slots = SamplerConfig(
+        slots=16, response=32, length=128, longest_prefix=KNOWLEDGE, prefill_chunk=32
     )
     shape = Shape(mesh.shape["fsdp"], 64, 32)
     work = Workload(slots, slots, None, KNOWLEDGE, 1, shape, shape, 1, 1.0)

@@ -10,8 +10,8 @@ from tiers import meshes
 from oel_jax.parallel import vocabulary
 from oel_jax.parallel.mesh import all_rows, make_mesh
 from oel_jax.parallel.vocabulary import AT_REST, SPREAD, lookup
-from oel_jax.sampler.requests import request_key
-from oel_jax.sampler.sampling import Sampling, draw, sample
+from oel_jax.sampler.requests import Sampling, request_key
+from oel_jax.sampler.sampling import draw, sample
 
 MESHES = meshes((2, 4), (8, 1), (4, 2), (1, 8))
 

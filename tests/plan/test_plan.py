@@ -119,14 +119,14 @@ def test_samplers_are_those_of_a_real_run(finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "__init__", spy)
     tiny_run.go(work, config, ["extract", "consolidate", "evaluate"])
     mesh = make_mesh(1, 1, jax.devices()[:1])
-    header = max(made[1].longest_prefix, 64)
+    header = max(made[1].config.longest_prefix, 64)
     play, informed, extractor = samplers(config, Layout(mesh, mesh, 1), header)
     # extractor, the student's answers, then games with knowledge and without
     for slots, real in zip((extractor, play, informed, play), made, strict=True):
-        found = (real._per_device, real.max_len, real.max_new, real.prefill_rows, real.draft)
-        expected = (slots.slots, slots.length, slots.response, slots.rows, slots.draft)
-        assert found == expected
-        assert len(real._prefixes) <= slots.lanes and real.longest_prefix <= slots.shared
+        found = real.config
+        assert found.prefixes <= slots.prefixes and found.longest_prefix <= slots.longest_prefix
+        same = dict(prefixes=slots.prefixes, longest_prefix=slots.longest_prefix)
+        assert replace(found, **same) == slots
 
 
 @pytest.mark.parametrize("grid", meshes((2, 4), (8, 1), (4, 2)))

@@ -9,10 +9,11 @@ from tiers import meshes
 
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.sampler import draft, slots
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler import decode as decoding
+from oel_jax.sampler import draft
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 LIMIT, STOPS = 290, (5, 7)
 
@@ -22,10 +23,10 @@ def model(tiny_models):
     return load_model(tiny_models["qwen3_tied"])
 
 
-def make(model, mesh=None, **changes):
-    settings = dict(slots=8, max_len=160, max_new=48, limit=LIMIT, stop_ids=STOPS, prefill_rows=8)
-    settings["how"] = Sampling(0.7)
-    return Sampler(model.cfg, mesh or model.mesh, **(settings | changes))
+def make(model, mesh=None, how=None, **changes):
+    config = SamplerConfig(**dict(slots=8, length=160, response=48) | changes)
+    rest = dict(limit=LIMIT, stop_ids=STOPS, sampling=how or Sampling(0.7))
+    return Sampler(model.cfg, mesh or model.mesh, config, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,9 @@ def test_drafts_equal_a_plain_search():
     ],
 )
 def test_what_is_kept_of_a_draft(guess, sampled, room, count):
-    found = draft.kept(np.array([guess]), np.array([sampled]), STOPS, np.array([room]))
+    found = draft.accepted(
+        np.array([guess]), np.array([sampled]), np.array([STOPS]), np.array([room])
+    )
     assert found.tolist() == [count]
 
 
@@ -95,14 +98,14 @@ def test_speculative_equals_one_by_one(model, requests, how, size):
 
 
 def test_keeping_a_wrong_draft_would_be_noticed(model, requests, monkeypatch):
-    right = draft.kept
+    right = draft.accepted
 
     def too_much(guess, sampled, stop_ids, room):
         return right(sampled[:, :-1], sampled, stop_ids, room)
 
     plain = make(model).generate(model.params, requests)
     jax.clear_caches()
-    monkeypatch.setattr(slots, "kept", too_much)
+    monkeypatch.setattr(decoding, "accepted", too_much)
     ours = make(model, draft=4).generate(model.params, requests)
     jax.clear_caches()
     assert [a.ids for a in ours] != [b.ids for b in plain]

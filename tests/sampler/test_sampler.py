@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tiers import meshes
 
-from oel_jax.errors import UserError
 from oel_jax.evaluate import likelihood
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh, whole
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.decode import decode
 from oel_jax.sampler.pace import Pace
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling, draw, sample
-from oel_jax.sampler.slots import decode
+from oel_jax.sampler.sampling import RowSampling, draw, sample
 
 LIMIT, STOPS = 290, (5, 7)  # 304 embedding rows; ids from 290 on are taken for padding
 
@@ -42,9 +42,10 @@ def requests():
 
 
 def make(model, mesh=None, how=None, **changes):
-    settings = dict(slots=8, max_len=96, max_new=24, limit=LIMIT, stop_ids=STOPS, prefill_rows=8)
-    mesh = mesh or model.mesh
-    return Sampler(model.cfg, mesh, how=how or Sampling(0.7), **(settings | changes))
+    rest = dict(limit=LIMIT, stop_ids=STOPS, sampling=how or Sampling(0.7))
+    rest |= {name: changes.pop(name) for name in rest if name in changes}
+    config = SamplerConfig(**dict(slots=8, length=96, response=24) | changes)
+    return Sampler(model.cfg, mesh or model.mesh, config, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_mesh_equals_one_device(model, requests, shape, how):
 
 def gathered(sampler, params):
     """Elements of the largest array that compiled decoding gathers."""
-    how = {"how": sampler.how, "limit": sampler.limit, "stop_ids": sampler.stop_ids}
+    how = {"limit": sampler.limit, "widths": (0,)}
     with jax.set_mesh(sampler.mesh):
         program = decode.lower(sampler.cfg, params, sampler._state, np.int32(4), **how)
     found = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", program.compile().as_text())
@@ -210,16 +211,15 @@ def test_a_key_is_a_stream_of_its_own(model, requests):
 
 def test_decoding_updates_the_cache_in_place(model):
     """The compiled step holds no second cache: temporaries stay far below its size."""
-    sampler = make(model, slots=64, max_len=512)
+    sampler = make(model, slots=64, length=512)
     with jax.set_mesh(model.mesh):
         compiled = decode.lower(
             model.cfg,
             model.params,
             sampler._state,
             np.int32(4),
-            how=Sampling(0.7),
             limit=LIMIT,
-            stop_ids=STOPS,
+            widths=(0,),
         ).compile()
     cache = sum(leaf.nbytes for leaf in sampler._state.cache)
     memory = compiled.memory_analysis()
@@ -231,11 +231,16 @@ def test_decoding_updates_the_cache_in_place(model):
 # --- one draw -------------------------------------------------------------------------------------
 
 
+def rows_of(how, count, vocabulary):
+    """Equal settings of so many rows, and their widths."""
+    return RowSampling.of([how] * count, vocabulary), (how.candidates(vocabulary),)
+
+
 def frequencies(how, z, limit, draws=20_000):
     keys = np.stack([request_key("draw", index) for index in range(draws)])
     logits = np.broadcast_to(z, (draws, len(z)))
-    token, log_prob = jax.jit(sample, static_argnums=(0, 1))(
-        how, limit, logits, keys, np.zeros(draws, np.int32)
+    token, log_prob = jax.jit(sample, static_argnums=(1, 2))(
+        *rows_of(how, draws, len(z)), limit, logits, keys, np.zeros(draws, np.int32)
     )
     return np.bincount(token, minlength=len(z)) / draws, np.asarray(token), np.asarray(log_prob)
 
@@ -330,7 +335,8 @@ def test_drawn_log_probs_of_confident_tokens_are_exact(temperature):
     keys = np.asarray([request_key("confident", int(row)) for row in count])
     eye = jnp.eye(len(count), dtype=jnp.bfloat16)
     how = Sampling(temperature)
-    token, log_prob = draw(how, 70, eye, finite(matrix), len(matrix), keys, count)
+    rows = rows_of(how, len(count), len(matrix))
+    token, log_prob = draw(*rows, 70, eye, finite(matrix), len(matrix), keys, count)
     right = exact_log_probs(
         np.where(np.arange(72)[:, None] < 70, matrix, -np.inf), how.temperature or 1
     )
@@ -338,8 +344,8 @@ def test_drawn_log_probs_of_confident_tokens_are_exact(temperature):
     assert (right > -1e-6).sum() >= 5 and (right < -0.1).sum() >= 1
     np.testing.assert_allclose(log_prob, right, rtol=2e-5, atol=1e-30)
     # Whole rows that hold -inf themselves.
-    rows = jnp.asarray(matrix.T, jnp.float32)
-    token, log_prob = sample(how, 72, rows, keys, count)
+    whole = jnp.asarray(matrix.T, jnp.float32)
+    token, log_prob = sample(*rows, 72, whole, keys, count)
     right = exact_log_probs(matrix, how.temperature or 1)[count, np.asarray(token)]
     np.testing.assert_allclose(log_prob, right, rtol=2e-5, atol=1e-30)
 
@@ -357,11 +363,11 @@ def test_scored_log_probs_of_confident_tokens_are_exact():
 
 def test_a_prompt_that_cannot_fit_says_what_to_change(model):
     sampler = make(model)
-    with pytest.raises(UserError, match=r"config\.sampler\.max_len"):
+    with pytest.raises(ValueError, match=r"does not fit into the cache of 96 tokens"):
         sampler.submit([Request([1] * 90, request_key(0), 20)])
-    with pytest.raises(UserError, match="empty prompt"):
+    with pytest.raises(ValueError, match="empty prompt"):
         sampler.submit([Request([], request_key(0), 20)])
-    with pytest.raises(UserError, match="new tokens"):
+    with pytest.raises(ValueError, match="new tokens"):
         sampler.submit([Request([1], request_key(0), 25)])
     sampler.submit([Request([1] * 76, request_key(0), 20)])  # exactly full
     (done,) = [c for _ in range(4) for c in sampler.poll(model.params)]
@@ -370,5 +376,5 @@ def test_a_prompt_that_cannot_fit_says_what_to_change(model):
 
 def test_slots_must_fit_the_mesh(model):
     mesh = make_mesh(4, 2)
-    with pytest.raises(UserError, match=r"config\.sampler\.slots=6"):
+    with pytest.raises(ValueError, match=r"slots is 6: it must be a positive multiple of the 4"):
         make(model, mesh, slots=6)

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from oel_jax.errors import UserError
 from oel_jax.models.language_model import load_model
-from oel_jax.models.shared_prefix import padded_length
+from oel_jax.models.lengths import padded_length
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.sampler import sampler as sampler_module
-from oel_jax.sampler import slots
-from oel_jax.sampler.requests import Request, request_key
+from oel_jax.sampler import scheduler, slots
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.decode import decode
+from oel_jax.sampler.prefill import extend
+from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
-from oel_jax.sampler.sampling import Sampling
 
 LIMIT, STOPS = 290, (5, 7)
 PREFIX = 150
@@ -25,9 +26,10 @@ def model(tiny_models):
     return load_model(tiny_models["qwen3_tied"])
 
 
-def make(model, mesh=None, **changes):
-    settings = dict(slots=8, max_len=288, max_new=24, limit=LIMIT, stop_ids=STOPS, prefill_rows=8)
-    return Sampler(model.cfg, mesh or model.mesh, how=Sampling(0.7), **(settings | changes))
+def make(model, mesh=None, how=None, **changes):
+    config = SamplerConfig(**dict(slots=8, length=288, response=24) | changes)
+    rest = dict(limit=LIMIT, stop_ids=STOPS, sampling=how or Sampling(0.7))
+    return Sampler(model.cfg, mesh or model.mesh, config, **rest)
 
 
 def ids(seed, count):
@@ -90,23 +92,23 @@ def prefixes():
     return [ids([1, k], PREFIX - 10 * k) for k in range(3)]
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_a_shared_prefix_equals_the_concatenated_prompt(model, prefixes, lanes):
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_shared_prefix_equals_the_concatenated_prompt(model, prefixes, count):
     requests = behind(prefixes, 24)
     expected = make(model).generate(model.params, plain(requests))
-    sampler = make(model, max_len=200, longest_prefix=PREFIX, prefixes=lanes)
+    sampler = make(model, length=200, longest_prefix=PREFIX, prefixes=count)
     same(sampler.generate(model.params, requests), expected)
-    # With a lane for each, every prefix goes through the model once for all its requests.
-    if lanes == 4:
-        own = sum(len(r.prompt) - 1 - sampler._shared(r) for r in requests)
+    # With a place for each, every prefix goes through the model once for all its requests.
+    if count == 4:
+        own = sum(len(r.prompt) - 1 - sampler._schedule.shared(r) for r in requests)
         assert sampler.encoded == own + sum(map(len, prefixes))
 
 
 def test_a_prefix_that_is_not_read_would_be_noticed(model, prefixes, monkeypatch):
     requests = behind(prefixes, 6)
     expected = make(model).generate(model.params, plain(requests))
-    monkeypatch.setattr(sampler_module, "put_prefix", lambda state, lane, cache: state)
-    sampler = make(model, max_len=200, longest_prefix=PREFIX)
+    monkeypatch.setattr(sampler_module, "put_prefix", lambda state, number, cache: state)
+    sampler = make(model, length=200, longest_prefix=PREFIX)
     answers = sampler.generate(model.params, requests)
     assert [a.ids for a in answers] != [a.ids for a in expected]
 
@@ -117,15 +119,15 @@ def test_turns_that_keep_their_beginning_equal_fresh_ones(model, prefixes):
     kept = make(model)
     same(conversation(model, kept), expected)
     assert kept.encoded < 0.5 * fresh.encoded
-    with_prefix = make(model, longest_prefix=PREFIX, prefixes=2, max_len=160)
+    with_prefix = make(model, longest_prefix=PREFIX, prefixes=2, length=160)
     both = conversation(model, with_prefix, prefixes=prefixes[:2])
     same(both, conversation(model, make(model), sessions=False, prefixes=prefixes[:2]))
 
 
 def test_keeping_too_much_would_be_noticed(model, monkeypatch):
     expected = conversation(model, make(model), sessions=False)
-    longer = sampler_module.common_prefix
-    monkeypatch.setattr(sampler_module, "common_prefix", lambda a, b: min(longer(a, b) + 6, len(b)))
+    longer = scheduler.common_prefix
+    monkeypatch.setattr(scheduler, "common_prefix", lambda a, b: min(longer(a, b) + 6, len(b)))
     answers = conversation(model, make(model))
     assert [a.ids for a in answers] != [a.ids for a in expected]
 
@@ -158,7 +160,7 @@ def test_mesh_equals_one_device(model, prefixes, shape):
     """A prefix of positions on many devices: the last ones may have none that anyone sees."""
     mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
     split = load_model(model.directory, mesh=mesh)
-    settings = dict(max_len=200, longest_prefix=PREFIX, prefixes=2, prefill_chunk=32, slots=16)
+    settings = dict(length=200, longest_prefix=PREFIX, prefixes=2, prefill_chunk=32, slots=16)
     requests = behind(prefixes, 14) + [
         Request(ids(4, 33), request_key("copy", k), 8, 14 + k) for k in range(6)
     ]
@@ -169,7 +171,7 @@ def test_mesh_equals_one_device(model, prefixes, shape):
 
 
 def test_results_do_not_depend_on_who_else_is_there(model, prefixes):
-    settings = dict(max_len=200, longest_prefix=PREFIX, prefixes=2)
+    settings = dict(length=200, longest_prefix=PREFIX, prefixes=2)
     requests = behind(prefixes, 16)
     expected = make(model, **settings).generate(model.params, requests)
     backwards = make(model, **settings).generate(model.params, requests[::-1])[::-1]
@@ -180,10 +182,10 @@ def test_results_do_not_depend_on_who_else_is_there(model, prefixes):
 
 
 def test_nothing_is_compiled_after_warm_up(model, prefixes):
-    sampler = make(model, max_len=200, longest_prefix=PREFIX, prefixes=2)
+    sampler = make(model, length=200, longest_prefix=PREFIX, prefixes=2)
     sampler.generate(model.params, behind(prefixes, 24))
     conversation(model, sampler, games=12, prefixes=prefixes)
-    functions = (slots.extend, slots.admit, slots.copy_slots, slots.put_prefix, slots.decode)
+    functions = (extend, slots.admit, slots.copy_slots, slots.put_prefix, decode)
     sizes = [function._cache_size() for function in functions]
     sampler.generate(model.params, behind(prefixes, 24, seed=5))
     conversation(model, sampler, games=12, prefixes=prefixes)
@@ -193,7 +195,7 @@ def test_nothing_is_compiled_after_warm_up(model, prefixes):
 def test_changed_parameters_are_not_mixed_with_old_ones(model, prefixes):
     other = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
     requests = behind(prefixes, 6)
-    sampler = make(model, max_len=200, longest_prefix=PREFIX)
+    sampler = make(model, length=200, longest_prefix=PREFIX)
     sampler.generate(model.params, requests)
     sampler.forget()
     expected = make(model).generate(other, plain(requests))
@@ -208,10 +210,10 @@ def test_padded_lengths_are_few_and_waste_little():
 
 
 def test_what_does_not_fit_says_what_to_change(model, prefixes):
-    with pytest.raises(UserError, match=r"config\.sampler\.slots"):
+    with pytest.raises(ValueError, match="slots must be a multiple of both"):
         make(model, prefixes=3)
-    sampler = make(model, max_len=64, longest_prefix=PREFIX)
+    sampler = make(model, length=64, longest_prefix=PREFIX)
     long = tuple(prefixes[0])
     sampler.submit([Request([*long, *ids(0, 40)], request_key(0), 20, prefix=long)])
-    with pytest.raises(UserError, match=r"config\.sampler\.max_len"):
+    with pytest.raises(ValueError, match="does not fit"):
         sampler.submit([Request(ids(0, 60), request_key(0), 20, prefix=long)])

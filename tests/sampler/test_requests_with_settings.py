@@ -1,0 +1,201 @@
+"""Requests that bring their own sampling settings: the answers they would have alone."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oel_jax.models.language_model import load_model
+from oel_jax.parallel.mesh import make_mesh
+from oel_jax.parallel.vocabulary import argmax, log_softmax, top_k
+from oel_jax.sampler.config import SamplerConfig
+from oel_jax.sampler.decode import decode
+from oel_jax.sampler.requests import Request, RequestError, Sampling, request_key
+from oel_jax.sampler.sampler import MOST_WIDTHS, Sampler
+from oel_jax.sampler.sampling import RowSampling, sample
+
+LIMIT, STOPS = 290, (5, 7)
+KINDS = [
+    Sampling(0.7),
+    Sampling(1.0),
+    Sampling(0.0),
+    Sampling(0.7, 20, 0.8),
+    Sampling(1.3, 20, 1.0),
+    Sampling(0.7, 3, 0.5),
+    Sampling(1.0, 0, 0.6),
+    Sampling(0.9, 1, 1.0),
+    Sampling(0.7, 500, 0.9),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return load_model(tiny_models["qwen3_tied"])
+
+
+@pytest.fixture(scope="module")
+def requests():
+    draw = np.random.default_rng(0)
+    return [
+        Request(
+            draw.integers(0, 300, int(draw.integers(1, 50))).tolist(),
+            request_key("kinds", index),
+            int(draw.integers(4, 16)),
+            index,
+            sampling=KINDS[index % len(KINDS)],
+        )
+        for index in range(3 * len(KINDS))
+    ]
+
+
+def make(model, mesh=None, sampling=KINDS[0], **changes):
+    config = SamplerConfig(**dict(slots=8, length=96, response=24) | changes)
+    mesh = mesh or model.mesh
+    return Sampler(model.cfg, mesh, config, limit=LIMIT, stop_ids=STOPS, sampling=sampling)
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.ids, a.stopped) == (b.ids, b.stopped)
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
+
+
+@pytest.fixture(scope="module")
+def alone(model, requests):
+    """Each kind in a sampler whose own settings it is, with no other kind near."""
+    answers = {}
+    for how in KINDS:
+        mine = [replace(r, sampling=None) for r in requests if r.sampling == how]
+        for done in make(model, sampling=how).generate(model.params, mine):
+            answers[done.tag] = done
+    return [answers[index] for index in range(len(requests))]
+
+
+@pytest.mark.parametrize("draft", [0, 2])
+def test_neighbours_of_other_kinds_change_nothing(model, requests, alone, draft):
+    together = make(model, draft=draft).generate(model.params, requests)
+    if draft:  # several queries in a pass: numbers differ in their last digits
+        assert [a.ids for a in together] == [a.ids for a in alone]
+    else:
+        same(together, alone)
+    assert len({tuple(a.ids) for a in alone}) > len(KINDS)
+
+
+def test_order_and_default_settings_change_nothing(model, requests, alone):
+    other = make(model, sampling=KINDS[3])
+    same(other.generate(model.params, requests[::-1])[::-1], alone)
+
+
+def test_mesh_equals_one_device(model, requests, alone):
+    mesh = make_mesh(2, 2, devices=jax.devices()[:4])
+    split = load_model(model.directory, mesh=mesh)
+    ours = make(split, mesh).generate(split.params, requests)
+    assert [a.ids for a in ours] == [a.ids for a in alone]
+
+
+def test_stop_ids_of_a_request(model, requests):
+    request = replace(requests[0], max_new=16, stop_ids=())
+    (free,) = make(model).generate(model.params, [request])
+    assert len(free.ids) == 16 and not free.stopped
+    stop = free.ids[3]
+    first = free.ids.index(stop)
+    ends = (*range(291, 295), stop)
+    cut, default = make(model).generate(
+        model.params, [replace(request, stop_ids=ends), replace(requests[1], tag=1)]
+    )
+    assert cut.ids == free.ids[: first + 1] and cut.stopped
+    same([default], make(model).generate(model.params, [requests[1]]))
+
+
+def test_settings_that_make_no_sense_are_refused(model, requests):
+    sampler = make(model)
+    for wrong in (Sampling(-0.1), Sampling(0.7, -1), Sampling(0.7, 0, 0.0), Sampling(0.7, 0, 1.1)):
+        with pytest.raises(RequestError, match="top_p above 0"):
+            sampler.submit([replace(requests[0], sampling=wrong)])
+        with pytest.raises(RequestError, match="top_p above 0"):
+            make(model, sampling=wrong)
+    with pytest.raises(RequestError, match="9 stop ids; this sampler has room for 8"):
+        sampler.submit([replace(requests[0], stop_ids=tuple(range(9)))])
+    assert not sampler.busy
+
+
+def test_a_kind_that_comes_and_goes_compiles_once(model, requests):
+    sampler = make(model)
+    sampler.generate(model.params, requests)
+    programs = decode._cache_size()
+    for how in KINDS:
+        sampler.generate(model.params, [replace(requests[0], sampling=how)])
+    assert decode._cache_size() == programs
+    many = [replace(requests[0], max_new=1, sampling=Sampling(0.7, k)) for k in range(30, 42)]
+    for request in many:
+        sampler.generate(model.params, [request])
+        assert len(sampler._recent_widths) <= MOST_WIDTHS
+
+
+# --- one draw -------------------------------------------------------------------------------------
+
+
+def static(how, limit, logits, keys, count):
+    """A draw with settings that the compiler knows, as plain as it can be written."""
+    z = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
+    temperature = how.temperature or 1.0
+    scaled, width = z / temperature, z.shape[-1]
+
+    def noise(size):
+        def row(key, index):
+            return jax.random.gumbel(
+                jax.random.fold_in(jax.random.wrap_key_data(key), index), (size,)
+            )
+
+        return jax.vmap(row)(keys, count)
+
+    if how.temperature == 0:
+        token = argmax(scaled)
+    elif how.top_k == 0 and how.top_p == 1:
+        token = argmax(scaled + noise(width))
+    else:
+        size = min(how.top_k or width, width)
+        values, ids = top_k(scaled, size)
+        if how.top_p < 1:
+            probs = jax.nn.softmax(values)
+            values = jnp.where(jnp.cumsum(probs, axis=-1) - probs < how.top_p, values, -jnp.inf)
+        picked = jnp.argmax(values + noise(size), axis=-1)
+        token = jnp.take_along_axis(ids, picked[:, None], axis=1)[:, 0]
+    return token, log_softmax(z, temperature).at(token[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("width", [72, 1500])
+def test_mixed_rows_equal_static_settings_to_the_bit(width):
+    rows = 40 * len(KINDS)
+    draw = np.random.default_rng(width)
+    logits = (draw.normal(size=(rows, width)) * 3).astype(np.float32)
+    keys = np.stack([request_key("row", row) for row in range(rows)])
+    count = draw.integers(0, 100, rows).astype(np.int32)
+    settings = [KINDS[row % len(KINDS)] for row in range(rows)]
+    widths = tuple(sorted({how.candidates(width) for how in settings}))
+    how = RowSampling.of(settings, width)
+    mixed = jax.jit(sample, static_argnums=(1, 2))(how, widths, 60, logits, keys, count)
+    for number, one in enumerate(KINDS):
+        mine = slice(number, None, len(KINDS))
+        alone = jax.jit(static, static_argnums=(0, 1))(
+            one, 60, logits[mine], keys[mine], count[mine]
+        )
+        for ours, expected in zip(mixed, alone, strict=True):
+            np.testing.assert_array_equal(np.asarray(ours)[mine], expected)
+
+
+def test_a_vocabulary_is_sorted_only_where_it_is_asked_for():
+    width = 32_768
+    how = RowSampling.of([Sampling(1.0)] * 2, width)
+    given = (np.zeros((2, width), np.float32), np.zeros((2, 2), np.uint32), np.zeros(2, np.int32))
+
+    def text(*widths):
+        lowered = jax.jit(sample, static_argnums=(1, 2)).lower(how, widths, width, *given)
+        return lowered.as_text()
+
+    plain = text(0)
+    assert not any(word in plain for word in ("sort", "top_k", "stablehlo.case", "cumsum"))
+    assert "top_k" in text(20) and "top_k" in text(width)
+    assert text(0, width).count("stablehlo.case") == 2  # each where a row asks for it
