@@ -120,7 +120,7 @@ def changes(text: str, caches: list[tuple[int, ...]], allowed: set[str]) -> list
 
 def _others(a: Arrays, state) -> dict:
     """Programs of the sampler that the planner does not list, lowered."""
-    mesh, rows = a.layout.mesh, a.work.play.rows
+    mesh, rows = a.layout.mesh, a.work.play.prefill_rows
     number = partial(a.rows, mesh, rows)
     group = jax.ShapeDtypeStruct((), jnp.int32)
     how = RowSampling(number(dtype=jnp.float32), number(), number(dtype=jnp.float32))
