@@ -144,7 +144,7 @@ def test_a_user_error_of_a_stage_is_one_message_and_status_2(finished_run, tmp_p
     before = contents(work, "round_001/**/*")
     status, out, errors = command(*as_flags(), f"--workdir={work}")
     assert (status, errors.count("\n")) == (2, 1), errors
-    assert errors.startswith("error: ") and "step_002.jsonl:1: not JSON" in errors
+    assert errors.startswith("error: ") and "deploy_0001.jsonl:1: not JSON" in errors
     assert contents(work, "round_001/**/*") == before
     assert "=== round 1 of 1 ===" in out
 
