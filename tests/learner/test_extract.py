@@ -1,6 +1,5 @@
 """Chains of knowledge: lock-step, batching, thoughts, modes, and bad trajectory files."""
 
-import importlib
 import itertools
 import json
 import shutil
@@ -22,7 +21,6 @@ from oel_jax.learner.extract import extract
 from oel_jax.runs.metrics import read as read_metrics
 from oel_jax.sampler.sampler import Sampler
 
-module = importlib.import_module("oel_jax.learner.extract")
 LATER = ("extract", "consolidate", "evaluate")
 
 
@@ -219,16 +217,16 @@ SAYINGS = ["H is deadly.", "h  is deadly", "G wins the game.", "NO NEW EXPERIENC
 @pytest.fixture
 def said(monkeypatch):
     """Calls take turns with these answers, whatever the model generates."""
-    turn = itertools.count()
-    absorb = module._absorb
+    turn, generate = itertools.count(), Sampler.generate
+    tokenizer = load_tokenizer(tiny_config().model.path)
 
-    def speaking(run, extractor, round_number, chain, step, answer, opened):
-        words = f"</think>- EXPERIENCE ITEM: {SAYINGS[next(turn) % len(SAYINGS)]}"
-        ids = tuple(extractor.tokenizer.encode(words))
-        answer = replace(answer, ids=ids, stopped=False, log_probs=None)
-        absorb(run, extractor, round_number, chain, step, answer, opened)
+    def speaking(self, params, requests, *rest):
+        for answer in generate(self, params, requests, *rest):
+            words = f"</think>- EXPERIENCE ITEM: {SAYINGS[next(turn) % len(SAYINGS)]}"
+            ids = tuple(tokenizer.encode(words))
+            yield replace(answer, ids=ids, stopped=False, log_probs=None)
 
-    monkeypatch.setattr(module, "_absorb", speaking)
+    monkeypatch.setattr(Sampler, "generate", speaking)
 
 
 def steps_of(work):
