@@ -2,7 +2,7 @@
 
 A message is a plain dictionary, as chat templates take it:
 
-    role          "system", "user", "assistant" or "tool"
+    role          "system", "developer", "user", "assistant" or "tool"
     content       string
     tool_calls    of an assistant, optional: list of objects, each with function.name
     tool_call_id  of a tool's answer, optional: string
