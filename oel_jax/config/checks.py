@@ -140,7 +140,7 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
     if wrong:
         raise UserError(
             f"config.loss.divergence={loss.divergence!r}, loss.support={loss.support!r} and "
-            f"loss.correction={loss.correction!r} do not go together: {wrong} (None stands for "
+            f"loss.correction={loss.correction!r} do not go together: {wrong} (None means "
             f"what config.consolidate.mode={mode!r} trains with)"
         )
     if config.negative_control == "foreign_top_k" and (mode == "sft" or loss.support == "full"):

@@ -316,7 +316,7 @@ def fused_topk_kl(
 def _check(cfg: KLConfig, w_s: Array) -> None:
     if not 1 <= cfg.top_k <= w_s.shape[0]:
         raise ValueError(
-            f"config.loss.top_k={cfg.top_k} must lie between 1 and the vocabulary "
+            f"config.loss.top_k={cfg.top_k} must be between 1 and the vocabulary "
             f"size {w_s.shape[0]}"
         )
 

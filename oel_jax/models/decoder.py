@@ -52,7 +52,7 @@ _BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 # Weights that a low-rank adapter may change: the letters of their input and output axes. An adapter
-# is in `layers/lora` as {name: {"a": [L, *input, R], "b": [L, R, *output]}} and stands for
+# is in `layers/lora` as {name: {"a": [L, *input, R], "b": [L, R, *output]}} and means
 # W + a b, which is never formed: x W + (x a) b costs R columns and keeps no second W.
 ADAPTABLE: dict[str, tuple[str, str]] = {
     "q": ("d", "nh"),

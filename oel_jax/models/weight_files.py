@@ -92,7 +92,7 @@ def _find(directory: Path) -> dict[str, Stored]:
     for shard in shards:
         if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
             raise UserError(
-                f"{directory / INDEX}: the shard {shard!r} lies outside the model directory; "
+                f"{directory / INDEX}: the shard {shard!r} is outside the model directory; "
                 "such an index is not followed"
             )
     absent = [shard for shard in shards if not (directory / shard).is_file()]

@@ -116,7 +116,7 @@ def test_knowledge_in_context_is_dealt_out_by_seed_and_by_n(finished_run, tmp_pa
         part = jobs[start : start + 12]
         assert sorted(job.tag for job in part) == every
         assert all(job.context.text == step[n][job.tag[0] % 2] for job in part)
-        # Both texts are played with at the same time, since each lies once in the sampler.
+        # Both texts are played with at the same time, since each is once in the sampler.
         assert {job.tag[0] for job in part[:2]} == {0, 1}
     assert [job.context.text for job in jobs[24:]] == [""] * 12
     # n of the curve that is also the n of the round is measured once; all points are on record.

@@ -318,7 +318,7 @@ def test_tokens_that_a_normaliser_hides_are_refused_by_name(tmp_path, kind):
 
 
 def test_blanks_that_are_added_tokens_are_text(tmp_path):
-    """Some vocabularies add runs of blanks as tokens; text must go on being made of them."""
+    """Some vocabularies add runs of blanks as tokens; text must still be made of them."""
     blanks = [AddedToken(text, normalized=False) for text in ("\n\n", "  ", "    ", "\t\t", "▁▁")]
     for kind in ("byte_level", "metaspace_first"):
         directory = write(tmp_path / kind, KINDS[kind](), TEMPLATES["lines"], TOKENS + blanks)

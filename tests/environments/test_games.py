@@ -342,7 +342,7 @@ def test_random_play_in_textarena_agrees_with_the_models(name, repeats):
 
 def test_models_know_blocked_boxes_goals_under_the_player_and_hopeless_boards():
     two = boards.SokobanModel(["######", "#PXX_#", "#OO__#", "######"])
-    assert two.move(two.start, "right") is None  # a box behind a box
+    assert two.move(two.start, "right") is None  # a box after a box
     hidden = boards.SokobanModel(["#####", "#P_X#", "#####"])
     assert hidden.goals == {(1, 1)} and boards.shortest(hidden) is None
     up = boards.SokobanModel(["####", "#O_#", "#X_#", "#P_#", "####"])

@@ -79,7 +79,7 @@ def plain_sample(params, mine, theirs, cfg, terms, short, long, at_short, at_lon
     """Loss of one sample from whole sequences; `mine`: the student's weights as constants.
 
     The student's knowledge prefix is a constant, so where its own view has a gradient, `params`
-    read the part behind the prefix only: done by the caller with `Prefix`-free finite differences.
+    read the part after the prefix only: done by the caller with `Prefix`-free finite differences.
     """
     terms = dict(terms)
     s = plain_logits(cfg, params, short)[at_short]

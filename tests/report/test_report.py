@@ -1,4 +1,4 @@
-"""The report page: it stands alone, shows the files' numbers, and takes outside text for text."""
+"""The report page: one file that shows the files' numbers, and takes outside text for text."""
 
 import importlib
 import io
