@@ -150,6 +150,12 @@ class Tokenizer(ABC):
         control tokens are those that the template writes, and no others. What the template does to
         messages (strips them, drops earlier thoughts, leaves out a role) is done here too.
 
+        The ids of a conversation's beginning, made without a generation prompt, begin the ids of
+        the whole, as long as the template shows the beginning the same way (some drop the thoughts
+        of earlier turns) and separates turns by control tokens. The ids of a prompt do, too, unless
+        the answer's first characters merge with the prompt's last ones (a newline after a newline):
+        ids that were sampled must be kept, not rendered again.
+
         Args:
             messages: at least one, as in OpenAI's chat format. `role` is one of system, developer,
                 user, assistant, tool. `content` is a text, or a list of parts that follow each
