@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "LanguageModel": "oel_jax.models.language_model",
     "load_config": "oel_jax.config.file",

@@ -33,7 +33,7 @@ from oel_jax.machine import paths
 from oel_jax.runs.stages import NAMES
 
 _FLAGS = flags.FLAGS
-flags.DEFINE_string("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE sets a field.")
+flags.DEFINE_string("config", None, "FILE.py, or a name in configs/; :PRESET after it.")
 flags.DEFINE_string("workdir", None, "Where all files of the run are kept.")
 flags.DEFINE_string("game_module", None, "Python file with a game of your own.")
 flags.DEFINE_bool("print_config", False, "Print the whole config and run nothing.")
@@ -147,5 +147,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(status)
 
 
+def command(arguments: Sequence[str] | None = None) -> None:
+    """The command with these arguments (None: those of the process); ends the process."""
+    argv = None if arguments is None else [sys.argv[0], *arguments]
+    app.run(main, argv=argv, flags_parser=_parse)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    command()

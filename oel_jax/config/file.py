@@ -7,6 +7,7 @@ Imports no JAX.
 """
 
 import importlib.util
+import re
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ def load_config(file: str | Path, preset: str | None = None) -> ml_collections.C
     """What the config file's `get_config` returns; not checked yet (see `validate`).
 
     Args:
-      file: a path, or as on the command line 'FILE.py:PRESET'.
+      file: a path, or as on the command line 'FILE.py:PRESET' or 'NAME:PRESET' (`existing`).
       preset: passed on to `get_config`, if there is one.
 
     Raises:
@@ -36,11 +37,33 @@ def load_config(file: str | Path, preset: str | None = None) -> ml_collections.C
 
 
 def existing(text: str) -> tuple[str, str]:
-    """'FILE.py:PRESET' -> (file, preset or ''); UserError if there is no such Python file."""
+    """'FILE.py:PRESET' or 'NAME:PRESET' -> (file, preset or '').
+
+    A name is that of a file in configs/, e.g. 'nano_frozen_lake' or 'studies/table1'.
+
+    Raises:
+      UserError: there is no such Python file.
+    """
     path, _, preset = (text, "", "") if text.endswith(".py") else text.partition(":")
+    if re.fullmatch(r"(studies/)?[A-Za-z0-9_]+", path):
+        return str(_named(path)), preset
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--config={path}: there is no such Python file; try one of configs/*.py")
     return path, preset
+
+
+def _named(name: str) -> Path:
+    """The file of a config by its name, in the installed package or in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    places = [package / "configs", package.parent / "configs"]
+    for place in places:
+        if (place / f"{name}.py").is_file():
+            return place / f"{name}.py"
+    known = sorted({file.stem for place in places for file in place.glob("[a-z]*.py")})
+    raise UserError(
+        f"--config={name}: no config has this name; give a Python file, or one of "
+        f"{', '.join(known)}"
+    )
 
 
 def load_module(file: Path) -> ModuleType:
