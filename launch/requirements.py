@@ -15,9 +15,7 @@ def text_of(file: str) -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extra = FILES[file]
     packages = project["optional-dependencies"][extra] if extra else project["dependencies"]
-    head = (
-        "# Made from pyproject.toml, which says what each is for: python launch/requirements.py\n"
-    )
+    head = "# Made from pyproject.toml, with a reason for each: python launch/requirements.py\n"
     return head + "".join(f"{package}\n" for package in packages)
 
 

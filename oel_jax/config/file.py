@@ -36,32 +36,33 @@ def load_config(file: str | Path, preset: str | None = None) -> ml_collections.C
         raise explain(path, error) from None
 
 
-def existing(text: str) -> tuple[str, str]:
+def existing(text: str, flag: str = "--config", folder: str = "") -> tuple[str, str]:
     """'FILE.py:PRESET' or 'NAME:PRESET' -> (file, preset or '').
 
-    A name is that of a file in configs/, e.g. 'nano_frozen_lake' or 'studies/table1'.
+    A name is that of a file in configs/, or in a folder there, e.g. 'nano_frozen_lake'.
 
     Raises:
       UserError: there is no such Python file.
     """
     path, _, preset = (text, "", "") if text.endswith(".py") else text.partition(":")
-    if re.fullmatch(r"(studies/)?[A-Za-z0-9_]+", path):
-        return str(_named(path)), preset
+    if re.fullmatch(r"[A-Za-z0-9_]+", path):
+        return str(_named(path, flag, folder)), preset
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--config={path}: there is no such Python file; try one of configs/*.py")
+        places = "/".join(filter(None, ("configs", folder, "*.py")))
+        raise UserError(f"{flag}={path}: there is no such Python file; try one of {places}")
     return path, preset
 
 
-def _named(name: str) -> Path:
-    """The file of a config by its name, in the installed package or in a clone."""
+def _named(name: str, flag: str, folder: str) -> Path:
+    """The file of a config or study by its name, in the installed package or in a clone."""
     package = Path(__file__).resolve().parents[1]
-    places = [package / "configs", package.parent / "configs"]
+    places = [package / "configs" / folder, package.parent / "configs" / folder]
     for place in places:
         if (place / f"{name}.py").is_file():
             return place / f"{name}.py"
     known = sorted({file.stem for place in places for file in place.glob("[a-z]*.py")})
     raise UserError(
-        f"--config={name}: no config has this name; give a Python file, or one of "
+        f"{flag}={name}: there is none of this name; give a Python file, or one of "
         f"{', '.join(known)}"
     )
 

@@ -18,7 +18,7 @@ import ml_collections
 from oel_jax import environments
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import with_fields
-from oel_jax.config.file import explain, load_module
+from oel_jax.config.file import existing, explain, load_module
 from oel_jax.errors import UserError
 from oel_jax.runs.stages import NAMES
 
@@ -169,7 +169,7 @@ class Planned:
 def load(
     argument: str, seeds: Sequence[int] = (), changes: Mapping[str, Any] | None = None
 ) -> Study:
-    """The study of 'FILE.py' or 'FILE.py:PRESET', checked but for its configs (see `runs`).
+    """The study of 'FILE.py', 'FILE.py:PRESET' or 'NAME:PRESET'; its configs are checked by `runs`.
 
     Args:
       seeds: instead of the study's own.
@@ -178,11 +178,7 @@ def load(
     Raises:
       UserError: no such file or preset, or the study is not consistent.
     """
-    file, _, preset = argument.partition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise UserError(
-            f"--study={file}: there is no such Python file; try one of configs/studies/*.py"
-        )
+    file, preset = existing(argument, "--study", "studies")
     try:
         module = load_module(Path(file))
     except Exception as error:

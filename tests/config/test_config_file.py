@@ -73,6 +73,6 @@ def test_a_config_is_loaded_from_python_by_text_or_path():
         assert oel_jax.load_config(file).extract.n == 6
     assert oel_jax.load_config(f"{NANO_CONFIG}:paper").loss.temperature == 1.0
     assert oel_jax.load_config(NANO_CONFIG, "paper").preset == "paper"
-    for wrong in ("no/such.py", "README.md", "configs"):
+    for wrong in ("no/such.py", "README.md", "./configs"):
         with pytest.raises(UserError, match="there is no such Python file; try one of configs/"):
             oel_jax.load_config(wrong)

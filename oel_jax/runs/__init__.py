@@ -1,0 +1,1 @@
+"""A run: its record, its directory, its policies, checkpoints and numbers."""
