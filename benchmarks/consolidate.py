@@ -29,7 +29,7 @@ from benchmarks.bounds import head_flops, parameters, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.distill.aggregation import sample_weights
-from oel_jax.distill.optimizer import optimizer
+from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, Shape, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
@@ -77,7 +77,7 @@ class Ours:
         self.student = jax.tree.map(jnp.copy, model.params)
         section = {"learning_rate": RATE, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
         section |= {"weight_decay": 0.01, "moments_dtype": "float32"}
-        self.tx = optimizer(SimpleNamespace(**section))
+        self.tx = make_optimizer(SimpleNamespace(**section))
         self.state = jax.jit(self.tx.init)(self.student)
         kl = KLConfig(TOP_K, TEMPERATURE, chunk=512)
         self.step = StepConfig(model.cfg, kl, jnp.float32, remat, 256)

@@ -86,7 +86,8 @@ class ScriptedSampler:
     def _answered(self, request: Request) -> Completion:
         prompt = self._tokenizer.decode(request.prompt)
         self.prompts.append(prompt)
-        ids = [*_encode(self._tokenizer, self._said(prompt)), self._tokenizer.stop_ids[0]]
+        end = request.stop_ids or self._tokenizer.stop_ids
+        ids = [*_encode(self._tokenizer, self._said(prompt)), *end[:1]]
         stopped = len(ids) <= request.max_new
         ids = ids[: request.max_new]
         self.generated += len(ids)
