@@ -241,9 +241,10 @@ def update(
     params: float32 masters; donated, as is the optimizer's state. What of the state is in host
     memory is read from there and goes back there.
     """
-    norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(norm)
-    scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
-    clipped = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradients)
-    changes, state = tx.update(clipped, state, params, finite=finite)
-    return optax.apply_updates(params, changes), state, Update(norm, ~finite)
+    with jax.named_scope("optimizer"):
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm)
+        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+        clipped = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradients)
+        changes, state = tx.update(clipped, state, params, finite=finite)
+        return optax.apply_updates(params, changes), state, Update(norm, ~finite)

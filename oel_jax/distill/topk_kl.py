@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from oel_jax.config.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.distill.divergence import divergence_and_gradient
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import all_rows, parts
+from oel_jax.parallel.mesh import all_rows, parts, spec
 from oel_jax.parallel.sums import rounded
 from oel_jax.parallel.vocabulary import LogSoftmax
 
@@ -269,6 +269,7 @@ def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sample
     return loss, stats, d_hidden, vocab.unspread(rounded(d_matrix, w_s.dtype), rows)
 
 
+@jax.named_scope("loss")
 def _run(cfg: KLConfig, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
     """Call `_local` on the mesh of the context, or directly where none is set."""
     h_t, w_t = (tuple(jax.tree.leaves(side)) for side in (h_t, w_t))
@@ -276,7 +277,7 @@ def _run(cfg: KLConfig, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
     run = partial(_local, cfg, w_s.shape[0], with_grad)
     if jax.sharding.get_abstract_mesh().empty:
         return run(*args)
-    tokens, numbers, matrix = P("fsdp", None), P("fsdp"), vocab.AT_REST
+    tokens, numbers, matrix = spec("batch", None), spec("batch"), vocab.AT_REST
     out = (P(), TokenStats(*[numbers] * 5))
     out += (tokens, matrix) if with_grad else ()
     return jax.shard_map(

@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.models.config import ModelConfig
@@ -20,7 +19,7 @@ from oel_jax.models.decoder import Params, forward, head
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import padded_length
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import all_rows, parts, put_batch
+from oel_jax.parallel.mesh import all_rows, parts, put_batch, spec
 
 _CHUNK = 512  # scored tokens whose logits exist at the same time, of all devices together
 
@@ -128,10 +127,10 @@ def _score(
     run = partial(_local, cfg.vocab_size)
     if jax.sharding.get_abstract_mesh().empty:
         return run(hidden, head(cfg, params), targets)
-    rows = P("fsdp", None)
+    rows = spec("batch", None)
     return jax.shard_map(
         run,
-        in_specs=(P("fsdp", None, None), vocab.AT_REST, rows),
+        in_specs=(spec("batch", None, None), vocab.AT_REST, rows),
         out_specs=(rows, rows),
         check_vma=False,
     )(hidden, head(cfg, params), targets)

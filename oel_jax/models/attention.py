@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import P
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from oel_jax.parallel.mesh import spec
 
 _MASKED = -1e30  # finite, so that padding that sees nothing stays finite
 _KEYS = (512, 384, 320, 256)  # sizes of a key tile: what pads a length least, the largest first
@@ -121,11 +122,11 @@ def _on_devices(function, arrays: tuple[Array, ...], returns: str):
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)
     layouts = {
-        "q": P("fsdp", None, "tp", None),  # [B, T, N, H]
-        "k": P("fsdp", "tp", None, None),  # [B, K, T, H]
-        "s": P("fsdp", None, "tp"),  # [B, T, N]
-        "r": P("fsdp", None),  # [B, T]
-        "p": P("tp", None, None),  # [K, P, H]
+        "q": spec("batch", None, "heads", None),  # [B, T, N, H]
+        "k": spec("batch", "kv_heads", None, None),  # [B, K, T, H]
+        "s": spec("batch", None, "heads"),  # [B, T, N]
+        "r": spec("batch", None),  # [B, T]
+        "p": spec("kv_heads", None, None),  # [K, P, H]
     }
     inputs = "qkkrppr" + "qsq"  # as `attention` takes them; output, log-sum-exp and its gradient
     specs = tuple(layouts[letter] for letter in inputs[: len(arrays)])

@@ -141,20 +141,22 @@ class Block(nnx.Module):
         an adapter, see `ADAPTABLE`.
         """
         lora = lora or {}
-        y = rms_norm(x, self.attn_norm[...], cfg.rms_norm_eps)
-        q = checkpoint_name(self._project(y, "q", lora), "q")
-        k = checkpoint_name(self._project(y, "k", lora), "k")
-        v = checkpoint_name(self._project(y, "v", lora), "v")
-        if cfg.qk_norm:
-            q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
-            k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        out, kept = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        x = x + checkpoint_name(self._project(out, "o", lora), "o")
-        y = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
-        gate = checkpoint_name(self._project(y, "gate", lora), "gate")
-        up = checkpoint_name(self._project(y, "up", lora), "up")
-        return x + self._project(jax.nn.silu(gate) * up, "down", lora), kept
+        with jax.named_scope("attention"):
+            y = rms_norm(x, self.attn_norm[...], cfg.rms_norm_eps)
+            q = checkpoint_name(self._project(y, "q", lora), "q")
+            k = checkpoint_name(self._project(y, "k", lora), "k")
+            v = checkpoint_name(self._project(y, "v", lora), "v")
+            if cfg.qk_norm:
+                q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
+                k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
+            q, k = rotate(q, *rope), rotate(k, *rope)
+            out, kept = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+            x = x + checkpoint_name(self._project(out, "o", lora), "o")
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
+            gate = checkpoint_name(self._project(y, "gate", lora), "gate")
+            up = checkpoint_name(self._project(y, "up", lora), "up")
+            return x + self._project(jax.nn.silu(gate) * up, "down", lora), kept
 
     def _project(self, x: Array, name: str, lora: Params) -> Float[Array, "B T ..."]:
         """`x` times the weight `name`, plus what its adapter adds, plus its bias."""
@@ -241,7 +243,8 @@ def layer_slice(params: Params, index: int | Array) -> Params:
 def run_block(cfg: ModelConfig, weights: Params, x: Array, rope: Any, attend: Callable):
     """Apply one layer given its slice of the parameters, with its adapter if it has one."""
     own = {name: leaf for name, leaf in weights.items() if name != "lora"}
-    return nnx.merge(_block_graph(cfg), own)(cfg, x, rope, attend, weights.get("lora"))
+    with jax.named_scope("block"):
+        return nnx.merge(_block_graph(cfg), own)(cfg, x, rope, attend, weights.get("lora"))
 
 
 def forward(

@@ -34,8 +34,18 @@ RULES: dict[str | None, str | None] = {
 
 
 def spec(*logical: str | None) -> P:
-    """Mesh axes of an array whose dimensions have these logical names."""
-    return P(*(RULES[name] for name in logical))
+    """Mesh axes of an array whose dimensions have these logical names.
+
+    Raises:
+      ValueError: two dimensions would be split over the same mesh axis.
+    """
+    axes = [RULES[name] for name in logical]
+    split = [axis for axis in axes if axis is not None]
+    if len(set(split)) < len(split):
+        raise ValueError(
+            f"an array with dimensions {logical} would be split twice over one mesh axis: {axes}"
+        )
+    return P(*axes)
 
 
 def all_devices() -> list[jax.Device]:

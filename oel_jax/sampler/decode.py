@@ -22,6 +22,7 @@ from oel_jax.sampler.slots import SlotState, per_device
     static_argnames=("cfg", "limit", "widths", "draft"),
     donate_argnames=("state",),
 )
+@jax.named_scope("decode")
 def decode(
     cfg: ModelConfig,
     params: Params,

@@ -32,6 +32,7 @@ class Piece:
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+@jax.named_scope("prefill")
 def extend(cfg: ModelConfig, params: Params, state: SlotState, new: Piece) -> SlotState:
     """Write the keys and values of a piece of some prompts into their slots; `state` is donated."""
     index = jnp.broadcast_to(jnp.arange(new.tokens.shape[1]), new.tokens.shape)

@@ -116,6 +116,7 @@ def sample(
     return token, vocab.log_softmax(z, temperature).at(token[:, None])[:, 0]
 
 
+@jax.named_scope("sample")
 def draw(
     how: RowSampling,
     widths: tuple[int, ...],
