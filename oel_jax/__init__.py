@@ -1,7 +1,14 @@
 """Online Experiential Learning in pure JAX/Flax.
 
-`load_model` and `load_config` are here for notebooks; the loop is `python -m oel_jax.main` (start
-reading at `oel_jax/loop.py`). Nothing heavy is imported until it is used.
+The loop is `python -m oel_jax.main` (start reading at `oel_jax/loop.py`). From Python:
+
+    config = oel_jax.load_config("configs/nano_frozen_lake.py")   # or oel_jax.default_config()
+    oel_jax.run(config, "runs/nano")                              # the loop, or the rest of it
+    results = oel_jax.read_run("runs/nano")                       # what it has made, as objects
+    model = oel_jax.load_model("nano")                            # or a directory, or a hub id
+    model.generate("What is two plus three?", temperature=0)
+
+Nothing heavy is imported until it is used.
 """
 
 import sys
@@ -12,10 +19,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "LanguageModel": "oel_jax.models.language_model",
-    "load_config": "oel_jax.config.file",
-    "load_model": "oel_jax.models.language_model",
-    "run": "oel_jax.loop",
+    "LanguageModel": "oel_jax.models.language_model:LanguageModel",
+    "Trajectory": "oel_jax.data.trajectories:Trajectory",
+    "UserError": "oel_jax.errors:UserError",
+    "default_config": "oel_jax.config.defaults:default",
+    "load_config": "oel_jax.config.file:load_config",
+    "load_model": "oel_jax.sampler.generation:load",
+    "read_run": "oel_jax.report.reading:read_run",
+    "run": "oel_jax.loop:run",
 }
 
 if sys.argv[:1] == ["-m"]:  # a command, whose module is about to be imported
@@ -30,5 +41,10 @@ if sys.argv[:1] == ["-m"]:  # a command, whose module is about to be imported
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'oel_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -144,8 +144,7 @@ def run(
         header = f"oel_jax: {kind}{several}, config {name}, workdir {root}"
         control = negative_control.announcement(config).rstrip()
         notes = [f"note: {remark}" for remark in remarks]
-        print("\n".join(line for line in (*notes, decided, header, control) if line))
-        if processes.is_first():
-            print(summary.rounds_note(opened.workdir, config.rounds), end="")
+        kept = summary.rounds_note(opened.workdir, config.rounds)
+        print("\n".join(line for line in (*notes, decided, header, control, kept) if line))
         learn(opened, stages)
         print(f"\nfiles: {root}   curves: tensorboard --logdir {root.parent}")

@@ -16,8 +16,10 @@ import ml_collections
 import oel_jax
 from oel_jax.files import read_json, write_json
 from oel_jax.models import bundled
+from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.runs.metrics import read
+from oel_jax.runs.policies import load_player_of_round
 from oel_jax.runs.session import Run, open_run
 from oel_jax.runs.stages import NAMES
 
@@ -88,6 +90,11 @@ def opened(workdir: Path, config: ml_collections.ConfigDict, change: bool = Fals
     mesh = make_mesh(1, 1, jax.devices()[:1])
     with open_run(config, workdir, mesh, allow_config_change=change) as run:
         yield run
+
+
+def policy_of(run: Run, number: int) -> LanguageModel:
+    """P_r of a run, to play with."""
+    return load_player_of_round(run.config, run.workdir, number, run.host, today=run.today)
 
 
 def go(

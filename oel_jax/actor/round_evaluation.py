@@ -11,12 +11,11 @@ from oel_jax.config import negative_control
 from oel_jax.config.defaults import as_json
 from oel_jax.config.fields import leaves
 from oel_jax.files import read_json
-from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report import page
 from oel_jax.report.summary import rate
 from oel_jax.runs.metrics import Metrics, NoMetrics
-from oel_jax.runs.policies import load_player, policy_directory
+from oel_jax.runs.policies import load_player, load_player_of_round
 from oel_jax.runs.session import Run
 from oel_jax.runs.workdir import Workdir, samples_of
 
@@ -26,7 +25,7 @@ def evaluate_start(run: Run, _: int = 0) -> list[Path]:
     file = run.workdir.start_evaluation
     result = evaluate(
         run,
-        _policy(run, 1),
+        load_player_of_round(run.config, run.workdir, 1, run.host, today=run.today),
         file,
         round_number=0,
         name="start",
@@ -43,7 +42,7 @@ def evaluate_round(run: Run, number: int) -> list[Path]:
     files.append(run.workdir.evaluation(number, "consolidated"))
     result = evaluate(
         run,
-        _policy(run, number + 1),
+        load_player_of_round(run.config, run.workdir, number + 1, run.host, today=run.today),
         files[-1],
         round_number=number,
         name="consolidated",
@@ -57,18 +56,15 @@ def evaluate_round(run: Run, number: int) -> list[Path]:
     return files + [samples_of(file) for file in files]
 
 
-def _policy(run: Run, number: int) -> LanguageModel:
-    directory = policy_directory(run.config, run.workdir, number)
-    return load_player(run.config, directory, run.host, today=run.today)
-
-
 def _with_knowledge(run: Run, number: int) -> list[Path]:
     """P_r with the texts after n trajectories, for each n that is asked for."""
     files: list[Path] = []
     points = {n: f"curve_{n:03d}" for n in run.config.evaluate.curve}
     if run.config.evaluate.in_context:
         points[run.config.extract.n] = "in_context"
-    policy = _policy(run, number) if points else None
+    if not points:
+        return files
+    policy = load_player_of_round(run.config, run.workdir, number, run.host, today=run.today)
     for n in sorted(points):
         files.append(run.workdir.evaluation(number, points[n]))
         texts = _texts(run.workdir, number, n, run.config.extract.chains)

@@ -60,11 +60,14 @@ from oel_jax.parallel.mesh import device_bytes, on_host, put_batch
 from oel_jax.parallel.offload import parts, to_device, to_host
 from oel_jax.runs.checkpoints import RoundCheckpoints
 from oel_jax.runs.console import Progress, waiting
+from oel_jax.runs.keys import generation_key
 from oel_jax.runs.metrics import mean_values, table
 from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.runs.policies import sampler_params
+from oel_jax.runs.policies import load_policy, policy_directory, sampler_params
 from oel_jax.runs.profiling import StepTrace
+from oel_jax.runs.samplers import build_sampler, layout
 from oel_jax.runs.session import Run
+from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.requests import Sampling
 from oel_jax.sampler.sampler import Sampler
 
@@ -105,10 +108,12 @@ class _Round:
 
 
 def consolidate(run: Run, round_number: int) -> list[Path]:
-    """Train P_r into P_{r+1}; returns the files. Goes on from the last checkpoint."""
+    """Train P_r into P_{r+1}; returns the files. Resumes from the last checkpoint."""
     config, settings = run.config, run.config.consolidate
-    teacher_dtype = settings.teacher_dtype or config.model.dtype
-    teacher_model = run.load(run.policy_directory(round_number), teacher_dtype, run.mesh)
+    directory = policy_directory(config, run.workdir, round_number)
+    teacher_model = load_policy(
+        config, directory, run.mesh, today=run.today, dtype=settings.teacher_dtype
+    )
     teacher = Teacher(
         teacher_model,
         contexts_of_round(config, run.workdir, round_number, teacher_model.tokenizer),
@@ -124,24 +129,33 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
     step_config = static_settings(config, teacher_model.cfg)
     label = f"round {round_number} consolidate"
     traces = run.workdir.tensorboard
-    with _checkpoints(run, round_number) as checkpoints, jax.set_mesh(run.mesh):
+    with _checkpoints(config, run.workdir, round_number) as checkpoints, jax.set_mesh(run.mesh):
         student = _start(run, round_number, tx, checkpoints)
         run.metrics.rewind("consolidate", round_number, student.step)
-        sampler = run.sampler(
-            teacher_model,
-            Sampling(settings.temperature),
+        sizes = layout(
+            config,
+            run.host.shape["fsdp"],
             prompt=config.sampler.max_prompt,
             response=config.sampler.max_response,
-            prefixes=[beginning],
+            texts=1 if beginning else 0,
+            shared=len(beginning),
         )
+        how = Sampling(settings.temperature)
+        sampler = build_sampler(config, teacher_model, run.host, how, sizes)
         some = first[:16]
         with waiting(f"{label}: the teacher reads the texts"):
             teacher.prepare([each.dialogue for each in some], [own[each.episode] for each in some])
-        _follow(run, student, teacher)
-        add = Accumulator(step_config, _held(run, student, teacher, sampler))
+        _follow(run.config, student, teacher)
+        add = Accumulator(step_config, _held(config, student, teacher, sampler))
         with (
             StepTrace(run.config.profile, traces) as trace,
-            run.progress(settings.steps, "steps", label, done=student.step) as progress,
+            Progress(
+                settings.steps,
+                "steps",
+                label,
+                every=config.log.console_every,
+                done=student.step,
+            ) as progress,
         ):
             progress.follow(tokens=lambda: sampler.written)
             this = _Round(
@@ -157,14 +171,15 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
                 progress,
                 Lookout(),
             )
-            stopped, watch, number = None, guards.Guard(run), student.step
+            stopped, number = None, student.step
+            watch = guards.Guard(config, run.workdir.metrics_file)
             while student.step < settings.steps and not stopped:
                 trace.before(student.step + 1)
                 try:
                     values = _step(this, student)
                 except preemption.Preempted:  # before the update: the step is done again
                     student.step = number
-                    _put_away(run, student)
+                    _put_away(run.config, student)
                     _save_and_stop(this, student, checkpoints)
                 number = student.step
                 preemption.hold_until_saved()
@@ -184,13 +199,13 @@ def consolidate(run: Run, round_number: int) -> list[Path]:
         files = [run.workdir.policy(round_number)]
         if stopped:
             student = _last_good(run, round_number, tx, checkpoints, stopped.step)
-            files.append(_stop(run, round_number, stopped, student.step))
+            files.append(_stop(run.workdir, round_number, stopped, student.step))
         with waiting(f"{label}: saving the policy"):
             _export(this, student, files[0])
         if step_config.lora:
             files.append(_export_adapter(this, student))
         if processes.is_first():
-            _report(run, round_number, teacher)
+            _report(config, run.workdir, round_number, teacher)
         if add.temporaries:
             print(f"memory: {add.predicted / 1e9:.2f} GB predicted for a step; {used()}")
     steps = [run.workdir.policy_at(round_number, step) for step in config.evaluate.steps]
@@ -259,7 +274,8 @@ def _export_adapter(this: _Round, student: _Student) -> Path:
     run, directory = this.run, this.run.workdir.adapter(this.number)
     if processes.is_first() and directory.exists():
         shutil.rmtree(directory)
-    base, lora = run.policy_directory(this.number), Lora.of(run.config.lora)
+    base = policy_directory(run.config, run.workdir, this.number)
+    lora = Lora.of(run.config.lora)
     cfg, (name, commit) = this.teacher.model.cfg, hub.lasting_name(run.config.model.path, base)
     save_adapter(directory, cfg, student.params, lora, base=name, revision=commit)
     return directory
@@ -282,9 +298,9 @@ def _save_and_stop(this: _Round, student: _Student, checkpoints: RoundCheckpoint
     raise preemption.Preempted(f"round {this.number}: optimizer step {number} of {steps} is kept")
 
 
-def _stop(run: Run, round_number: int, broken: guards.Broken, kept: int) -> Path:
+def _stop(workdir: Workdir, round_number: int, broken: guards.Broken, kept: int) -> Path:
     """Say and record that a guard ended the round."""
-    file = run.workdir.guard_file(round_number)
+    file = workdir.guard_file(round_number)
     if processes.is_first():
         write_json(file, asdict(broken) | {"kept_step": kept})
     what = f"the weights of step {kept}" if kept else "the weights the round began with"
@@ -292,17 +308,19 @@ def _stop(run: Run, round_number: int, broken: guards.Broken, kept: int) -> Path
     return file
 
 
-def _follow(run: Run, student: _Student, teacher: Teacher) -> None:
+def _follow(config: ml_collections.ConfigDict, student: _Student, teacher: Teacher) -> None:
     """Give the teacher the averaged weights, if there are any."""
     if student.teacher is not None:
-        dtype = run.config.consolidate.teacher_dtype or run.config.model.dtype
+        dtype = config.consolidate.teacher_dtype or config.model.dtype
         teacher.refresh(cast(student.teacher, DTYPES[dtype]))
 
 
-def _held(run: Run, student: _Student, teacher: Teacher, sampler: Sampler) -> dict[str, int]:
+def _held(
+    config: ml_collections.ConfigDict, student: _Student, teacher: Teacher, sampler: Sampler
+) -> dict[str, int]:
     """Bytes of one device that live through an optimizer step, by name."""
-    name = "adapter, float32" if run.config.lora.rank else "student, float32"
-    away = parts(run.config.consolidate)
+    name = "adapter, float32" if config.lora.rank else "student, float32"
+    away = parts(config.consolidate)
     held = {
         name: device_bytes(student.params),
         "AdamW's moments": 0 if "optimizer" in away else device_bytes(student.state),
@@ -316,13 +334,15 @@ def _held(run: Run, student: _Student, teacher: Teacher, sampler: Sampler) -> di
     return held
 
 
-def _checkpoints(run: Run, round_number: int) -> RoundCheckpoints:
-    settings = run.config.consolidate
+def _checkpoints(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int
+) -> RoundCheckpoints:
+    settings = config.consolidate
     return RoundCheckpoints(
-        run.workdir.checkpoints(round_number),
+        workdir.checkpoints(round_number),
         every=settings.save_every,
         minutes=settings.save_minutes,
-        keep=2 if guards.watches(run.config) else 1,  # the newest may not be good
+        keep=2 if guards.watches(config) else 1,  # the newest may not be good
     )
 
 
@@ -331,16 +351,19 @@ def _start(run: Run, round_number: int, tx: Any, checkpoints: RoundCheckpoints) 
 
     That is float32 masters of P_r, or with LoRA an adapter that changes nothing yet.
     """
-    source, lora, average = run.policy_directory(round_number), Lora.of(run.config.lora), None
+    config, lora, average = run.config, Lora.of(run.config.lora), None
+    source = policy_directory(config, run.workdir, round_number)
     if lora:
         cfg = ModelConfig.from_directory(source)
-        params = fresh_adapter(cfg, lora, run.mesh, run.key("lora", round_number))
+        key = generation_key(config, "lora", round_number)
+        params = fresh_adapter(cfg, lora, run.mesh, key)
     else:
-        params = run.load(source, dtype="float32", mesh=run.mesh).params
-    if run.config.consolidate.teacher == "ema":
+        model = load_policy(config, source, run.mesh, today=run.today, dtype="float32")
+        params = model.params
+    if config.consolidate.teacher == "ema":
         average = jax.tree.map(jnp.copy, params)
     student = _Student(params, jax.jit(tx.init)(params), 0, average)
-    _put_away(run, student)
+    _put_away(run.config, student)
     latest = processes.from_first(max(checkpoints.steps, default=0))
     if not latest:
         return student
@@ -349,9 +372,9 @@ def _start(run: Run, round_number: int, tx: Any, checkpoints: RoundCheckpoints) 
     return _Student(saved["params"], saved["state"], latest, saved.get("teacher"))
 
 
-def _put_away(run: Run, student: _Student) -> None:
+def _put_away(config: ml_collections.ConfigDict, student: _Student) -> None:
     """Into host memory with what is not needed until the next micro-batches or update."""
-    away = parts(run.config.consolidate)
+    away = parts(config.consolidate)
     if "masters" in away:
         student.params = to_host(student.params)
     if "optimizer" in away:
@@ -447,8 +470,8 @@ def _train(
     if student.teacher is not None:
         rate = settings.teacher_rate
         student.teacher = averaged(student.teacher, student.params, rate=rate)
-        _follow(run, student, teacher)
-    _put_away(run, student)
+        _follow(run.config, student, teacher)
+    _put_away(run.config, student)
     total, done = jax.device_get((total, done))
     if done.skipped:
         print(f"step {student.step}: the gradient norm is not finite; the update was skipped")
@@ -494,16 +517,18 @@ def _show_places(this: _Round, number: int, total: Sums) -> None:
     this.run.metrics.bars("kl_by_place", number, ends, kl, "consolidate", this.number)
 
 
-def _report(run: Run, round_number: int, teacher: Teacher) -> None:
+def _report(
+    config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, teacher: Teacher
+) -> None:
     """A short table: how the loss moved, and what the prefix cache held."""
     rows = [
         row["values"] | {"step": row["step"]}
-        for row in read_metrics(run.workdir.metrics_file)
+        for row in read_metrics(workdir.metrics_file)
         if (row["stage"], row["round"]) == ("consolidate", round_number)
     ]
     idle = sum("loss" not in row for row in rows)
     if idle:
-        c = run.config.consolidate
+        c = config.consolidate
         print(
             f"{idle} of {len(rows)} steps had nothing to learn from and changed no weight: "
             f"config.consolidate.drop_remainder={c.drop_remainder}, turn_floor={c.turn_floor:g}"

@@ -7,11 +7,11 @@ update, so a checkpoint is good once the step after it was within the bands.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from oel_jax.parallel import processes
 from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.runs.session import Run
 
 # Guarded metric of consolidation -> field of config.guard with its band, as factors of the start.
 BANDS = {"response_tokens": "response_tokens", "student_entropy": "entropy"}
@@ -53,15 +53,13 @@ class Guard:
     memory, decides, and tells the others.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, config: Any, metrics_file: Path):
         self._bands = {
-            measure: run.config.guard[field]
-            for measure, field in BANDS.items()
-            if run.config.guard[field]
+            measure: config.guard[field] for measure, field in BANDS.items() if config.guard[field]
         }
         self._first: dict[str, float] = {}
         if self._bands and processes.is_first():
-            for row in read_metrics(run.workdir.metrics_file):
+            for row in read_metrics(metrics_file):
                 if row["stage"] == "consolidate":
                     self._remember(row["values"])
 

@@ -95,5 +95,5 @@ def rounds_note(workdir: Workdir, rounds: int) -> str:
     return (
         f"note: config.rounds={rounds}, and this workdir has {there} rounds. What is there is "
         f"kept and shown; nothing is done after round {rounds}. For a run of {rounds} round(s) "
-        "take a new --workdir\n"
+        "take a new --workdir"
     )

@@ -60,13 +60,13 @@ def load_policy(
     mesh: jax.sharding.Mesh,
     *,
     today: datetime.datetime | None,
-    dtype: str = "",
+    dtype: str | None = None,
 ) -> LanguageModel:
     """Load a model onto a mesh, its weights split over all devices, after `check_model`.
 
     Args:
       today: the date in prompts whose template shows one.
-      dtype: of the weights; '' is the compute dtype, `config.model.dtype`.
+      dtype: of the weights; the compute dtype, `config.model.dtype`, if not given.
     """
     check_model(config, directory, mesh)
     with waiting(f"loading {directory}"):
@@ -89,6 +89,18 @@ def load_player(
     """Load a model to sample from, on this process's devices, in the compute dtype."""
     model = load_policy(config, directory, host, today=today)
     return replace(model, params=sampler_params(config, model.params))
+
+
+def load_player_of_round(
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    number: int,
+    host: jax.sharding.Mesh,
+    *,
+    today: datetime.datetime | None,
+) -> LanguageModel:
+    """P_r, to sample from, see `load_player`."""
+    return load_player(config, policy_directory(config, workdir, number), host, today=today)
 
 
 def sampler_params(

@@ -2,41 +2,43 @@
 
 import datetime
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import ml_collections
-import numpy as np
 
 from oel_jax.config.defaults import as_json
 from oel_jax.machine import preemption
-from oel_jax.models.decoder import Params
-from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import host_mesh
-from oel_jax.runs import keys, policies, samplers
-from oel_jax.runs.console import Progress
 from oel_jax.runs.metrics import Metrics, NoMetrics, duration
 from oel_jax.runs.profiling import compile_seconds
 from oel_jax.runs.stages import Stage, function
 from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir
-from oel_jax.sampler.requests import Sampling
-from oel_jax.sampler.sampler import Sampler
 
 
 class Shelf(Protocol):
     """Finished work of other runs, see `oel_jax/study/shelf.py`."""
 
-    def take(self, run: "Run", round_number: int, stage: str) -> list[Path] | None:
-        """Put what is there of a stage into the run; its files if that is all of it."""
+    def take(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Workdir,
+        metrics: Metrics | NoMetrics,
+        round_number: int,
+        stage: str,
+    ) -> list[Path] | None:
+        """Put what is there of a stage into the workdir; its files if that is all of it."""
 
-    def put(self, run: "Run", round_number: int, stage: str) -> None:
+    def put(
+        self, config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, stage: str
+    ) -> None:
         """Offer a finished stage."""
 
 
@@ -66,74 +68,6 @@ class Run:
         """One line for notebooks; `config` prints all fields."""
         game, model = self.config.game.name, self.config.model.path
         return f"Run({game}, {model}, {self.config.rounds} rounds, {self.workdir.root})"
-
-    # The methods below are short for functions of `policies`, `samplers` and `keys`.
-
-    def policy_directory(self, round_number: int) -> Path:
-        return policies.policy_directory(self.config, self.workdir, round_number)
-
-    def load(
-        self, directory: Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-    ) -> LanguageModel:
-        where = mesh or self.host
-        return policies.load_policy(
-            self.config, directory, where, today=self.today, dtype=dtype or ""
-        )
-
-    def policy(self, round_number: int, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-        model = self.load(self.policy_directory(round_number), mesh=mesh)
-        return model if mesh else self.player(model)
-
-    def player(self, model: LanguageModel) -> LanguageModel:
-        return replace(model, params=self.played_with(model.params))
-
-    def played_with(self, params: Params) -> Params:
-        return policies.sampler_params(self.config, params)
-
-    def read_json(self, path: Path) -> Any:
-        return processes.json_from_first(path)
-
-    def finished(self, round_number: int, stage: str) -> bool:
-        return finished(self.workdir, round_number, stage)
-
-    def slots(self, wanted: int = 0) -> int:
-        return samplers.slot_count(self.config, self.host.shape["fsdp"], wanted)
-
-    def lanes(self, texts: int, slots: int) -> int:
-        return samplers.prefix_count(self.host.shape["fsdp"], texts, slots)
-
-    def sampler(
-        self,
-        model: LanguageModel,
-        how: Sampling,
-        *,
-        prompt: int,
-        response: int,
-        slots: int = 0,
-        prefixes: Iterable[tuple[int, ...]] = (),
-        draft: int = 0,
-    ) -> Sampler:
-        prefixes = {prefix for prefix in prefixes if prefix}
-        sizes = samplers.layout(
-            self.config,
-            self.host.shape["fsdp"],
-            prompt=prompt,
-            response=response,
-            requests=slots,
-            texts=len(prefixes),
-            shared=max(map(len, prefixes), default=0),
-            draft=draft,
-        )
-        return samplers.build_sampler(self.config, model, self.host, how, sizes)
-
-    def key(self, purpose: str, *parts: object) -> np.ndarray:
-        return keys.generation_key(self.config, purpose, *parts)
-
-    def chain_key(self, chain: int, purpose: str, *parts: object) -> np.ndarray:
-        return keys.chain_key(self.config, chain, purpose, *parts)
-
-    def progress(self, total: int, unit: str, label: str, done: int = 0) -> Progress:
-        return Progress(total, unit, label, every=self.config.log.console_every, done=done)
 
 
 @contextmanager
@@ -182,17 +116,18 @@ def do_stage(run: Run, round_number: int, stage: Stage) -> None:
     """Do one stage of a round (0: before round 1); record its files and its time."""
     name = stage.name
     began, compiled = time.monotonic(), compile_seconds()
-    taken = run.shelf.take(run, round_number, name) if run.shelf else None
+    config, workdir, metrics = run.config, run.workdir, run.metrics
+    taken = run.shelf.take(config, workdir, metrics, round_number, name) if run.shelf else None
     with preemption.holding(0):  # what the stage holds, it holds until it is recorded
         files = taken or _work(run, round_number, stage)
         seconds, compiled = time.monotonic() - began, compile_seconds() - compiled
-        record = partial(run.workdir.finish, round_number, name, files, seconds)
+        record = partial(workdir.finish, round_number, name, files, seconds)
         processes.first_does(f"{round_number} {name} is finished", record)
     if run.shelf:
-        run.shelf.put(run, round_number, name)
+        run.shelf.put(config, workdir, round_number, name)
     timing = {f"{name}_seconds": seconds, f"{name}_compile_seconds": compiled}
-    run.metrics.rewind(f"time_{name}", round_number, round_number - 1)
-    run.metrics.scalars(f"time_{name}", round_number, {}, round=round_number, time_values=timing)
+    metrics.rewind(f"time_{name}", round_number, round_number - 1)
+    metrics.scalars(f"time_{name}", round_number, {}, round=round_number, time_values=timing)
     share = f", {compiled:.1f} s of it compiling" if compiled >= 0.5 else ""
     share += ", made by another run" if taken else ""
     where = f"round {round_number}" if round_number else "start"

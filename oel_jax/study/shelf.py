@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from oel_jax.files import read_json, write_json
+from oel_jax.runs.metrics import Metrics, NoMetrics
 from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.runs.session import Run
 from oel_jax.runs.stages import function, stage_named
 from oel_jax.runs.workdir import Workdir, sha256
 from oel_jax.study.shares import SCHEMA, Shares
 
 
 class Shelf:
-    """Finished work of a study's runs, by key; kept in WORKDIR/shelf.json.
-
-    Attributes:
-      taken: what the last stage found here: (files, runs they came from).
-    """
+    """Finished work of a study's runs, by key; kept in WORKDIR/shelf.json."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -35,36 +33,43 @@ class Shelf:
             # Of another version: nothing is lost, equal work is only done again.
             self._entries = kept["entries"] if kept.get("schema") == SCHEMA else {}
 
-    def take(self, run: Run, round_number: int, stage: str) -> list[Path] | None:
+    def take(
+        self,
+        config: ConfigDict,
+        workdir: Workdir,
+        metrics: Metrics | NoMetrics,
+        round_number: int,
+        stage: str,
+    ) -> list[Path] | None:
         """Link what equal runs have made of a stage.
 
         Returns:
           The files of the stage if all of it was here, its metrics copied; else None, with the
           parts that were here in place, from which the stage continues.
         """
-        shares = _shares(run, round_number, stage)
-        files = self._link(run.workdir, shares.whole) if shares.whole else None
+        shares = _shares(config, workdir, round_number, stage)
+        files = self._link(workdir, shares.whole) if shares.whole else None
         if files is not None:
             source = Workdir(self._root / self._entries[shares.whole]["run"])
-            _copy_metrics(source, run, round_number, stage)
+            _copy_metrics(source, metrics, round_number, stage)
             return files
         for part in shares.parts:
             if not all(path.exists() for path in part.files):
-                self._link(run.workdir, part.key)
+                self._link(workdir, part.key)
         return None
 
-    def put(self, run: Run, round_number: int, stage: str) -> None:
+    def put(self, config: ConfigDict, workdir: Workdir, round_number: int, stage: str) -> None:
         """Offer a finished stage to the other runs."""
-        entry = run.workdir.entry(round_number, stage)
-        recorded = {run.workdir.root / file["path"]: file for file in entry["files"]}
-        shares = _shares(run, round_number, stage)
+        entry = workdir.entry(round_number, stage)
+        recorded = {workdir.root / file["path"]: file for file in entry["files"]}
+        shares = _shares(config, workdir, round_number, stage)
         found = {
             part.key: [recorded[path] for path in part.files if path in recorded]
             for part in shares.parts
         }
         if shares.whole:
             found[shares.whole] = list(recorded.values())
-        name = run.workdir.root.relative_to(self._root).as_posix()
+        name = workdir.root.relative_to(self._root).as_posix()
         for key, files in found.items():
             if files and not self._usable(key):
                 self._entries[key] = {"run": name, "files": files}
@@ -99,19 +104,21 @@ class Shelf:
         return targets
 
 
-def _shares(run: Run, round_number: int, stage: str) -> Shares:
+def _shares(config: ConfigDict, workdir: Workdir, round_number: int, stage: str) -> Shares:
     named = stage_named(stage).shares
-    return function(named)(run.config, run.workdir, round_number) if named else Shares()
+    return function(named)(config, workdir, round_number) if named else Shares()
 
 
-def _copy_metrics(source: Workdir, run: Run, round_number: int, stage: str) -> None:
+def _copy_metrics(
+    source: Workdir, metrics: Metrics | NoMetrics, round_number: int, stage: str
+) -> None:
     """The rows of a stage, but for those of its time."""
     for row in read_metrics(source.metrics_file):
         if row["round"] != round_number or row["stage"] != stage:
             continue
         values = {name: float(value) for name, value in row["values"].items()}
-        run.metrics.rewind(stage, round_number, row["step"] - 1)
-        run.metrics.scalars(stage, row["step"], values, round=round_number)
+        metrics.rewind(stage, round_number, row["step"] - 1)
+        metrics.scalars(stage, row["step"], values, round=round_number)
 
 
 def _place(source: Path, target: Path) -> None:

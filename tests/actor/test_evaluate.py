@@ -3,12 +3,13 @@
 import importlib
 
 import pytest
-from tiny_run import contents, copy_of, go, opened, tiny_config
+from tiny_run import contents, copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax import environments
 from oel_jax.actor.evaluate import _seen_boards
 from oel_jax.files import read_json
 from oel_jax.report.intervals import board_clustered_interval
+from oel_jax.runs.keys import chain_key
 from oel_jax.runs.metrics import read as read_metrics
 
 module = importlib.import_module("oel_jax.actor.evaluate")
@@ -47,7 +48,9 @@ def evaluated(workdir, **changes):
     """The starting model without knowledge."""
     with opened(workdir, tiny_config(**changes)) as run:
         file = run.workdir.start_evaluation
-        return module.evaluate(run, run.policy(1), file, round_number=0, name="start", label="x")
+        return module.evaluate(
+            run, policy_of(run, 1), file, round_number=0, name="start", label="x"
+        )
 
 
 def test_the_numbers_follow_from_the_games(tmp_path, records):
@@ -94,7 +97,7 @@ def test_every_game_has_its_own_stream_unless_constant(tmp_path):
     for mode, distinct in (("independent", 2 * 3), ("constant", 2)):
         with opened(tmp_path / mode, tiny_config(evaluate__seed_mode=mode)) as run:
             keys = {
-                tuple(run.chain_key(seed, "evaluate", 1, "consolidated", seed, board, turn))
+                tuple(chain_key(run.config, seed, "evaluate", 1, "consolidated", seed, board, turn))
                 for seed in range(2)
                 for board, turn in ((7, 0), (7, 1), (8, 0))
             }

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_step import CFG, CONTEXTS, KL, close, make_model, make_samples, prompts, run
 from tiers import meshes
-from tiny_run import copy_of, go, opened, tiny_config
+from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax.config.rules import ADAPTABLE as CONFIG_ADAPTABLE
 from oel_jax.distill.aggregation import sample_weights
@@ -36,7 +36,9 @@ from oel_jax.models.decoder import ADAPTABLE, KeyValues, abstract_params
 from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh, put_batch
+from oel_jax.runs.keys import generation_key
 from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.policies import policy_directory
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
@@ -334,14 +336,17 @@ def test_the_policy_is_the_start_with_the_adapter_merged(lora_stage):
 
 def test_the_next_round_starts_from_the_merged_policy_with_a_fresh_adapter(lora_stage):
     with opened(lora_stage, tiny_config(**FIELDS, rounds=2), change=True) as run:
-        with module._checkpoints(run, 2) as checkpoints:
+        with module._checkpoints(run.config, run.workdir, 2) as checkpoints:
             tx = module.optimizer(run.config.consolidate)
             with jax.set_mesh(run.mesh):
                 student = module._start(run, 2, tx, checkpoints)
-        assert run.policy_directory(2) == lora_stage / "round_001" / "policy"
+        assert policy_directory(run.config, run.workdir, 2) == lora_stage / "round_001" / "policy"
         assert all(not np.asarray(sides["b"]).any() for sides in student.params.values())
         first = fresh_adapter(
-            run.policy(1).cfg, Lora.of(run.config.lora), run.mesh, run.key("lora", 1)
+            policy_of(run, 1).cfg,
+            Lora.of(run.config.lora),
+            run.mesh,
+            generation_key(run.config, "lora", 1),
         )
     assert (np.asarray(first["q"]["a"]) != np.asarray(student.params["q"]["a"])).any()
 

@@ -368,14 +368,17 @@ def test_the_band_is_that_of_the_first_step(finished_run):
     with opened(finished_run, tiny_config()) as run:
         run.config.guard.response_tokens = (0.5, 2.0)
         assert guards.watches(run.config)
-        watch = guards.Guard(run)
+        watch = guards.Guard(run.config, run.workdir.metrics_file)
         assert watch.broken(1, first) is None
         for factor in (0.49, 2.01, np.nan):
             values = first | {"response_tokens": factor * first["response_tokens"]}
             seen = watch.broken(7, values)
             assert seen and seen.step == 7 and seen.measure == "response_tokens"
         run.config.guard.response_tokens = ()
-        assert not guards.watches(run.config) and guards.Guard(run).broken(7, values) is None
+        assert (
+            not guards.watches(run.config)
+            and guards.Guard(run.config, run.workdir.metrics_file).broken(7, values) is None
+        )
 
 
 @pytest.mark.e2e
@@ -387,7 +390,7 @@ def test_the_first_step_is_read_once_and_then_remembered(ready, tmp_path, monkey
     monkeypatch.setattr(guards, "read_metrics", lambda path: reads.append(path) or real(path))
     with opened(work, tiny_config()) as run:
         run.config.guard.entropy = (0.5, 2.0)
-        watch = guards.Guard(run)  # nothing is trained yet
+        watch = guards.Guard(run.config, run.workdir.metrics_file)  # nothing is trained yet
         assert watch.broken(1, {"response_tokens": 3.0}) is None  # nothing was learned from
         assert watch.broken(2, {"student_entropy": 2.0}) is None
         for step in range(3, 50):
@@ -399,7 +402,9 @@ def test_the_first_step_is_read_once_and_then_remembered(ready, tmp_path, monkey
     metrics.write_text(json.dumps(row) + "\n")
     with opened(work, tiny_config()) as run:
         run.config.guard.entropy = (0.5, 2.0)
-        assert guards.Guard(run).broken(2, {"student_entropy": 1.0})
+        assert guards.Guard(run.config, run.workdir.metrics_file).broken(
+            2, {"student_entropy": 1.0}
+        )
 
 
 @pytest.mark.e2e

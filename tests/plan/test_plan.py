@@ -24,6 +24,7 @@ from oel_jax.plan.collectives import array_bytes, parse
 from oel_jax.plan.measure import compiled
 from oel_jax.plan.shapes import KNOWN, hf_config, model_shape
 from oel_jax.plan.workload import Assumptions, Layout, amounts, samplers, workload
+from oel_jax.runs.policies import start_directory
 from oel_jax.sampler.sampler import Sampler
 
 CONFIG = str(tiny_run.NANO_CONFIG)
@@ -90,7 +91,7 @@ def test_bytes_by_class_are_those_of_a_real_run(finished_run, tmp_path, monkeypa
     monkeypatch.setattr(consolidate, "_held", spy)
     with tiny_run.opened(work, config, change=True) as run:
         consolidate.consolidate(run, 1)
-        cfg = ModelConfig.from_directory(run.policy_directory(1))
+        cfg = ModelConfig.from_directory(start_directory(run.config))
     arrays = one_device(config, cfg, header_tokens=seen["header"])
     mine = programs.held(arrays)
     real = seen["held"]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
-from tiny_run import copy_of, go, opened, tiny_config
+from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax import environments
 from oel_jax.data.trajectory_files import read as read_games
@@ -313,7 +313,7 @@ def test_tensorboard_gets_games_lengths_settings_and_the_picture(finished_run, t
 def start_evaluation(root, **changes):
     with opened(root, tiny_config(**changes)) as run:
         file = run.workdir.start_evaluation
-        evaluation.evaluate(run, run.policy(1), file, round_number=0, name="start", label="x")
+        evaluation.evaluate(run, policy_of(run, 1), file, round_number=0, name="start", label="x")
     return read_json(samples_of(file))["games"]
 
 

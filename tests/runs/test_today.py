@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_run import copy_of, go, opened, tiny_config
+from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax.chat import template
 from oel_jax.chat.render import render
@@ -117,12 +117,12 @@ def test_all_prompts_of_a_run_have_its_date(tmp_path, clock, dated):
     go(tmp_path / "run", config, ["deploy"])
     clock(LATER)
     with opened(tmp_path / "run", config) as run:
-        player = run.policy(1).tokenizer
+        player = policy_of(run, 1).tokenizer
         stored = decision_points(read(run.workdir.trajectories(1) / "deploy_0000.jsonl"))
         assert stored
         for point in stored:
             assert list(point.prompt_ids) == render(player, point.dialogue, thinking=True)
-        teacher = run.load(run.policy_directory(1)).tokenizer
+        teacher = policy_of(run, 1).tokenizer
         context = Context("knowledge", "x")
         shown = teacher.decode(render(teacher, stored[0].dialogue, context, thinking=True))
         assert shown.startswith("28 Nov 2026 23:58")

@@ -20,6 +20,7 @@ from oel_jax.data.trajectory_files import read
 from oel_jax.errors import UserError
 from oel_jax.export.command import export
 from oel_jax.files import read_json, write_json
+from oel_jax.runs.policies import policy_directory
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler
 
@@ -225,8 +226,8 @@ def test_rounds_are_added_later_and_start_from_the_last_policy(finished_run, tmp
     work = copy_of(finished_run, tmp_path / "run")
     config = tiny_config(rounds=2)
     with opened(work, config) as run:
-        assert run.policy_directory(1) == Path(config.model.path)
-        assert run.policy_directory(2) == work / "round_001" / "policy"
+        assert policy_directory(run.config, run.workdir, 1) == Path(config.model.path)
+        assert policy_directory(run.config, run.workdir, 2) == work / "round_001" / "policy"
     go(work, config, ["deploy"])
     assert contents(work, "round_001/**/*") == contents(finished_run, "round_001/**/*")
     played = read(work / "round_002" / "trajectories" / "deploy_0000.jsonl")
