@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oel_jax.data import trajectories
-from oel_jax.data.trajectories import Trajectory
+from oel_jax.data import trajectory_files
+from oel_jax.data.trajectories import PURPOSES, Trajectory
 from oel_jax.errors import UserError
 from oel_jax.report.run_data import RunData, collect
 from oel_jax.runs.workdir import Workdir
@@ -56,15 +56,15 @@ class RoundResults:
         Raises:
           UserError: an unknown purpose, or a file that is missing or damaged.
         """
-        if purpose and purpose not in trajectories.PURPOSES:
-            known = ", ".join(trajectories.PURPOSES)
+        if purpose and purpose not in PURPOSES:
+            known = ", ".join(PURPOSES)
             raise UserError(f"there are no trajectories for {purpose!r}; choose one of {known}")
         found = []
         for stage in ("deploy", "demonstrate"):
             entry = self._workdir.entry(self.number, stage)
             for file in entry["files"] if entry else ():
                 if file["path"].endswith(".jsonl"):
-                    found += trajectories.read(self._workdir.root / file["path"])
+                    found += trajectory_files.read(self._workdir.root / file["path"])
         return [one for one in found if purpose in ("", one.purpose)]
 
 
