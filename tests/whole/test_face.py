@@ -28,7 +28,8 @@ def greedy(model, messages, count):
     while len(ids) < start + count and (
         len(ids) == start or ids[-1] not in model.tokenizer.stop_ids
     ):
-        logits = np.asarray(model.logits([ids]))[0, -1, : model.vocab_limit]
+        padded = [*ids, *[0] * (64 - len(ids))]  # one shape; what comes later changes nothing
+        logits = np.asarray(model.logits([padded]))[0, len(ids) - 1, : model.vocab_limit]
         ids.append(int(logits.argmax()))
     return model.tokenizer.decode(ids[start:])
 
