@@ -2,10 +2,10 @@
 
 The loop is `python -m oel_jax.main` (start reading at `oel_jax/loop.py`). From Python:
 
-    config = oel_jax.load_config("configs/nano_frozen_lake.py")   # or oel_jax.default_config()
-    oel_jax.run(config, "runs/nano")                              # the loop, or the rest of it
-    results = oel_jax.read_run("runs/nano")                       # what it has made, as objects
-    model = oel_jax.load_model("nano")                            # or a directory, or a hub id
+    config = oel_jax.load_config("nano_frozen_lake")   # or a file, or oel_jax.default_config()
+    oel_jax.run(config, "runs/nano")                   # the loop, or the rest of it
+    results = oel_jax.read_run("runs/nano")            # what it has made, as objects
+    model = oel_jax.load_model("nano")                 # or a directory, or a hub id
     model.generate("What is two plus three?", temperature=0)
 
 Nothing heavy is imported until it is used.
