@@ -28,12 +28,12 @@ from benchmarks import side_by_side
 from benchmarks.bounds import head_flops, parameters, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
+from oel_jax.base.errors import UserError
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, Shape, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
-from oel_jax.errors import UserError
 from oel_jax.learner.memory import used
 from oel_jax.models.decoder import KeyValues, Prefix, forward
 from oel_jax.models.language_model import LanguageModel, load_model

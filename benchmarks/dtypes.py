@@ -14,7 +14,7 @@ from benchmarks import side_by_side
 from benchmarks.models import random_model
 from benchmarks.sampler import Ours, prompts
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models.language_model import load_model
 
 DTYPES = ("float32", "bfloat16")

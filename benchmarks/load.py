@@ -28,8 +28,8 @@ import numpy as np
 from benchmarks import side_by_side
 from benchmarks.models import SHAPES, hf_config
 from benchmarks.side_by_side import Bar, finish
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.models import safetensors_io
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.huggingface import load_params

@@ -23,8 +23,8 @@ import ml_collections
 import oel_jax
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.runs.metrics import read
 from oel_jax.runs.workdir import Workdir
 

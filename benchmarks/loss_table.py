@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.checks import validate
 from oel_jax.config.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.config.defaults import default
 from oel_jax.distill.reference import exact
 from oel_jax.distill.topk_kl import KLConfig, fused_topk_kl
-from oel_jax.errors import UserError
 from oel_jax.learner.consolidate import loss_settings
 from oel_jax.runs.metrics import table as printed
 

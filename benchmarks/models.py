@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import init_params
 from oel_jax.models.huggingface import save_model

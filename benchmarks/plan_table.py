@@ -22,9 +22,9 @@ import jax
 import ml_collections
 
 from benchmarks.side_by_side import RESULTS, versions
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.config.file import load_config
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
 from oel_jax.plan import report
 from oel_jax.plan.command import recommended
 from oel_jax.plan.estimate import Plan

@@ -19,7 +19,7 @@ from benchmarks import side_by_side
 from benchmarks.bounds import head_flops, parameters, position_bytes, rates, token_flops
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.learner.memory import used
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.language_model import DTYPES, LanguageModel, load_model

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from oel_jax.machine import paths
+from oel_jax.base import paths
 from oel_jax.runs.metrics import table
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LanguageModel": "oel_jax.models.language_model:LanguageModel",
     "Trajectory": "oel_jax.data.trajectories:Trajectory",
-    "UserError": "oel_jax.errors:UserError",
+    "UserError": "oel_jax.base.errors:UserError",
     "default_config": "oel_jax.config.defaults:default",
     "load_config": "oel_jax.config.file:load_config",
     "load_model": "oel_jax.sampler.generation:load",

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from oel_jax.machine import preemption
+from oel_jax.base import preemption
 
 # Command -> the module whose `main` is called with its arguments, and one line for --help.
 COMMANDS = {

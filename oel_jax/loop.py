@@ -23,11 +23,11 @@ import ml_collections
 
 from oel_jax import environments
 from oel_jax.actor.play import check_first_prompts
+from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.config import negative_control
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import as_json
-from oel_jax.errors import UserError
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.plan.auto import settle

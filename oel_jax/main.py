@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from oel_jax.machine import preemption
+from oel_jax.base import preemption
 
 if __name__ == "__main__":
     preemption.listen()  # before what takes time to import: a notice may come at once
@@ -24,12 +24,12 @@ if __name__ == "__main__":
 import ml_collections
 from absl import app, flags, logging
 
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.config.command_line import read_overrides, split_overrides
 from oel_jax.config.defaults import with_fields
 from oel_jax.config.file import load_config
 from oel_jax.config.page import print_config
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
 from oel_jax.runs.stages import NAMES
 
 _FLAGS = flags.FLAGS

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 
 import oel_jax
-from oel_jax.files import read_json, write_json
+from oel_jax.base.files import read_json, write_json
 from oel_jax.models import bundled
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel.mesh import make_mesh

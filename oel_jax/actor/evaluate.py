@@ -22,8 +22,8 @@ from oel_jax.actor.recording import (
     record_games,
     remove_records,
 )
+from oel_jax.base.files import write_json
 from oel_jax.data.messages import NOTHING, Context
-from oel_jax.files import write_json
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.intervals import board_clustered_interval

@@ -8,12 +8,12 @@ import jax
 import ml_collections
 
 from oel_jax import environments
+from oel_jax.base import preemption
+from oel_jax.base.errors import UserError
 from oel_jax.chat.render import render
 from oel_jax.chat.tokenizer import Tokenizer
 from oel_jax.data.messages import NOTHING, Context, Dialogue, user
 from oel_jax.data.trajectories import Transcript, Turn
-from oel_jax.errors import UserError
-from oel_jax.machine import preemption
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import SHARED_FROM, common_prefix
 from oel_jax.runs.console import Progress

@@ -26,9 +26,9 @@ import numpy as np
 from oel_jax import environments
 from oel_jax.actor.play import Job, Played, make_player
 from oel_jax.actor.recording import Format, GameFile, read_records, record_games, remove_records
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import write_json
 from oel_jax.data.messages import NOTHING, Context
-from oel_jax.errors import UserError
-from oel_jax.files import write_json
 from oel_jax.learner.contexts import contexts_of_round, empty_on_purpose
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes

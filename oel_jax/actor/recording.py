@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from oel_jax.actor.play import Job, Played, Player, in_order, play
+from oel_jax.base.files import write_bytes
 from oel_jax.data.line_files import LineWriter, decode_json, encode_json
-from oel_jax.files import write_bytes
 from oel_jax.parallel import processes
 from oel_jax.runs.console import Progress, waiting
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from oel_jax.actor.evaluate import evaluate
+from oel_jax.base.files import read_json
 from oel_jax.config import negative_control
 from oel_jax.config.defaults import as_json
 from oel_jax.config.fields import leaves
-from oel_jax.files import read_json
 from oel_jax.parallel import processes
 from oel_jax.report import page
 from oel_jax.report.summary import rate

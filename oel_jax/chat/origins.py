@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.control_tokens import ControlToken
 from oel_jax.chat.traced import FIRST_FIELD, FIRST_TOKEN, OUTSIDE, Traced, joined, message_of
 from oel_jax.data.messages import ROLES, Message
-from oel_jax.errors import UserError
 
 
 @dataclass

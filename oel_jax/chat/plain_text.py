@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 Json = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from oel_jax.base.errors import UserError
 from oel_jax.data.messages import NOTHING, Context, Dialogue, place_context
-from oel_jax.errors import UserError
 
 if TYPE_CHECKING:
     from oel_jax.chat.tokenizer import Tokenizer

@@ -16,13 +16,13 @@ from itertools import product
 from string import printable
 from typing import Any
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.control_tokens import ControlToken, Part, split, swallow_blanks
 from oel_jax.chat.origins import Origins, trace
 from oel_jax.chat.template_environment import Renderer
 from oel_jax.chat.traced import OUTSIDE, TEMPLATE, Traced, origin_of, plain, runs
 from oel_jax.data.answers import leaves_open
 from oel_jax.data.messages import Message
-from oel_jax.errors import UserError
 
 # Holds characters that a template would have to change if it escaped, quoted or re-cased messages.
 _STAND_IN = "oelUserText<&\"'\\>7f3a"

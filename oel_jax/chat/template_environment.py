@@ -23,8 +23,8 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.traced import Traced, generated, joined, outside, reached, text_of
-from oel_jax.errors import UserError
 
 # A template is a program: whatever it runs into is its own mistake.
 _MISTAKES = (

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.chat import template
 from oel_jax.chat.control_tokens import ControlToken, Part
 from oel_jax.chat.plain_text import is_plain, kinds, plain_tokenizers
@@ -43,8 +45,6 @@ from oel_jax.chat.tokenizer_files import (
 )
 from oel_jax.chat.traced import plain
 from oel_jax.data.messages import Message
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
 
 _FLAGS = ("id", "special", "lstrip", "rstrip", "single_word", "normalized")
 # What both ways of making ids are compared on: blanks at the ends and inside, digits, scripts.

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.data import answers
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
 
 # Tokens that survive decoding.
 KEPT = (answers.OPEN, answers.CLOSE)

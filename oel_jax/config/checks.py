@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import ml_collections
 
+from oel_jax.base.errors import UserError
 from oel_jax.config import negative_control
 from oel_jax.config.budgets import extraction_template, has_extractor
 from oel_jax.config.choices import chosen_loss, nonsense, unused
 from oel_jax.config.fields import FIELDS, find_field, leaves, refuse
 from oel_jax.config.fields_run import MAX_TURNS
 from oel_jax.config.old_values import convert
-from oel_jax.errors import UserError
 
 PAPER_GAMES = ("frozen_lake", "sokoban")
 

@@ -7,9 +7,9 @@ field that is True or False, `none` where a field may be None, and `1,5` or `(1,
 from collections.abc import Sequence
 from typing import Any
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.fields import find_field, refuse
 from oel_jax.config.rules import FLAG
-from oel_jax.errors import UserError
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -3,11 +3,11 @@
 import difflib
 from typing import Any, NoReturn
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.field import PARTS, Field
 from oel_jax.config.fields_round import DEPLOY, EVALUATE, EXTRACT, PREFLIGHT
 from oel_jax.config.fields_run import GAME, LOG, MESH, MODEL, RUN, SAMPLER
 from oel_jax.config.fields_training import CONSOLIDATE, GUARD, LORA, LOSS
-from oel_jax.errors import UserError
 
 _BEFORE = (*RUN, *MODEL, *MESH, *GAME, *SAMPLER, *DEPLOY, *EXTRACT, *PREFLIGHT)
 _TRAINING = (*CONSOLIDATE, *LORA, *GUARD, *LOSS)

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import ml_collections
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 
 def load_config(file: str | Path, preset: str | None = None) -> ml_collections.ConfigDict:

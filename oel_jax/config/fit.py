@@ -4,9 +4,9 @@ from typing import Any
 
 import ml_collections
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.budgets import extractor_budget, has_extractor, play_budget
 from oel_jax.config.fields import refuse
-from oel_jax.errors import UserError
 
 
 def _mesh_shape(config: ml_collections.ConfigDict, device_count: int) -> tuple[int, int]:

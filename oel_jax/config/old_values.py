@@ -8,9 +8,9 @@ from typing import Any
 
 import ml_collections
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.config.fields import FIELDS, leaves
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 
 
 def convert(config: ml_collections.ConfigDict) -> str:

@@ -4,9 +4,9 @@ from typing import Any
 
 import ml_collections
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.rules import PRESETS
 from oel_jax.data import knowledge
-from oel_jax.errors import UserError
 
 # Spec section 12: (row, field, value in the paper, value in the released code). A callable gets the
 # config. Rows without a field: 14 and 15 are TextArena's and the released rule for everyone, 17 are

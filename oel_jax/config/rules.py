@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oel_jax.machine import paths
+from oel_jax.base import paths
 
 AUTO = "auto"  # a field that oel_jax/plan/auto.py decides at the start
 HELD_OUT_BOARDS = 128  # evaluation seeds of spec 3.2

@@ -9,7 +9,7 @@ Extraction and the harness read the answer. Games read the whole response, thoug
 released code does (spec 3.6): an action that a cut-off thought names is played.
 """
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 OPEN, CLOSE = "<think>", "</think>"
 

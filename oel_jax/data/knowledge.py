@@ -12,7 +12,7 @@ Nothing here imports JAX; token counts come in as a function.
 
 from collections.abc import Callable
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 MARKER = "- EXPERIENCE ITEM:"
 NO_OP = "NO NEW EXPERIENCE"  # what the extractor is to answer with `extract.no_op`

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Self, TypeVar
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 T = TypeVar("T")
 

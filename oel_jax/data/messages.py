@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from oel_jax.base.errors import UserError
 from oel_jax.data.prompts import WRAPPERS, play_prompt
-from oel_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PLACES = ("paper", "system", "user")

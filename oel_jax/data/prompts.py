@@ -13,8 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 
 HEAD = """\
 You are an agent playing a game on a grid, acting as a reasoning engine.

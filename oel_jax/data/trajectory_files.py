@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from oel_jax.base.errors import UserError
 from oel_jax.data.line_files import LineWriter, NotJSON, complaint, numbered, open_lines
 from oel_jax.data.trajectories import PURPOSES, Trajectory
 from oel_jax.data.trajectory_schema import NotATrajectory, decode, encode
-from oel_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 

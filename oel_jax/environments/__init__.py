@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from oel_jax.base.errors import UserError
 from oel_jax.environments import own
 from oel_jax.environments.actions import NO_ACTION, parse_action
 from oel_jax.environments.boards import FrozenLakeModel, SokobanModel
@@ -21,7 +22,6 @@ from oel_jax.environments.frozen_lake import FrozenLake
 from oel_jax.environments.protocol import LAYOUTS, MAX_TURNS, Bounds, Game
 from oel_jax.environments.seeds import deploy_seeds, extraction_seeds, heldout_seeds
 from oel_jax.environments.sokoban import Sokoban
-from oel_jax.errors import UserError
 
 __all__ = [
     "LAYOUTS",

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 _TEXTS = ("situation", "observation", "board_id")
 _loaded: dict[str, list[str]] = {}

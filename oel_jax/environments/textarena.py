@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from oel_jax.base.errors import UserError
 from oel_jax.environments.actions import parse_action
 from oel_jax.environments.protocol import LAYOUTS, MAX_TURNS
-from oel_jax.errors import UserError
 
 GENERIC_RULES = (
     "You are the player and you are represented by 'P' on the grid. You should select the best "

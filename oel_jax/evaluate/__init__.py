@@ -7,7 +7,7 @@ checks tasks before a model is loaded, `results` turns their scores into files, 
 
 from importlib.util import find_spec
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 # The packages of requirements-eval.txt, as they are imported.
 _NEEDED = ("lm_eval", "langdetect", "immutabledict", "nltk")

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import ml_collections
 
+from oel_jax.base import caches, paths
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.defaults import default
 from oel_jax.config.fields import FIELDS, leaves
 from oel_jax.config.old_values import saved_config
-from oel_jax.errors import UserError
 from oel_jax.evaluate import require_lm_eval
 from oel_jax.export.command import policy_directory
-from oel_jax.files import read_json, write_json
-from oel_jax.machine import caches, paths
 from oel_jax.models.agreement import fitting_tokenizer
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.language_model import DTYPES, LanguageModel, load_model

@@ -26,13 +26,13 @@ from lm_eval.utils import (
     simple_parse_args_string,
 )
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.chat.control_tokens import Part
 from oel_jax.config.defaults import default
 from oel_jax.data.answers import OPEN, answer_of, leaves_open
-from oel_jax.errors import UserError
 from oel_jax.evaluate.likelihood import score
 from oel_jax.evaluate.responses import Answer, Place, Responses, prompt_digest
-from oel_jax.files import read_object
 from oel_jax.models.language_model import LanguageModel, load_model
 from oel_jax.runs.console import Progress
 from oel_jax.sampler.config import SamplerConfig

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oel_jax.files import write_bytes
+from oel_jax.base.files import write_bytes
 
 
 class Place(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.evaluate.model import generation
 
 # How the paper samples for IF-Eval (spec 9.2); the limit of 1280 tokens is the task's own.

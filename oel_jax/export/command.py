@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import load_tokenizer
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
 from oel_jax.models.huggingface import copy_model
 from oel_jax.runs.workdir import Workdir
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from oel_jax.base import preemption
+from oel_jax.base.files import write_json
 from oel_jax.config.choices import chosen_loss
 from oel_jax.data.trajectories import decision_points
 from oel_jax.data.trajectory_files import TrajectoryStore
@@ -36,7 +38,6 @@ from oel_jax.distill.step import (
     zeros_like,
 )
 from oel_jax.distill.topk_kl import KLConfig, pick_support
-from oel_jax.files import write_json
 from oel_jax.learner import guards
 from oel_jax.learner.contexts import contexts_of_round, own_contexts
 from oel_jax.learner.memory import Accumulator, used
@@ -49,7 +50,6 @@ from oel_jax.learner.rollouts import (
 )
 from oel_jax.learner.selection import moved, selected
 from oel_jax.learner.teacher import Teacher, cache_bytes
-from oel_jax.machine import preemption
 from oel_jax.models import hub
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.huggingface import save_model

@@ -17,6 +17,9 @@ from typing import Any
 
 import ml_collections
 
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config import negative_control
 from oel_jax.config.old_values import saved_config
@@ -24,9 +27,6 @@ from oel_jax.data import knowledge, prompts
 from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import Trajectory
 from oel_jax.data.trajectory_files import TrajectoryStore, read
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
-from oel_jax.machine import paths
 from oel_jax.parallel import processes
 from oel_jax.runs.policies import policy_directory
 from oel_jax.runs.workdir import Workdir

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import ml_collections
 
+from oel_jax.base import preemption
+from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config.budgets import extraction_template, extractor_budget
 from oel_jax.data import answers, knowledge, prompts
 from oel_jax.data.trajectories import Trajectory
-from oel_jax.files import read_json, write_json
 from oel_jax.learner.contexts import (
     copy_of_another_run,
     games_of_chain,
@@ -28,7 +29,6 @@ from oel_jax.learner.contexts import (
     write_raw_trajectories,
 )
 from oel_jax.learner.history import with_markers
-from oel_jax.machine import preemption
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.models.language_model import LanguageModel

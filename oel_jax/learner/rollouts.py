@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from oel_jax.base import preemption
+from oel_jax.base.errors import UserError
 from oel_jax.chat.render import render
 from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
 from oel_jax.data.trajectory_files import Stored, TrajectoryStore
 from oel_jax.distill.packing import Sample
-from oel_jax.errors import UserError
 from oel_jax.learner.contexts import draw_texts, own_contexts
 from oel_jax.learner.teacher import Teacher
-from oel_jax.machine import preemption
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import SHARED_FROM, shared_start
 from oel_jax.parallel import processes

@@ -10,9 +10,9 @@ stop ids of generation_config.json win over those of config.json, as in transfor
 import datetime
 from pathlib import Path
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
 from oel_jax.models.config import ModelConfig
 
 _IDS = ("eos_token_id", "bos_token_id", "pad_token_id")

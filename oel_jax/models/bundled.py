@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 MODELS = Path(__file__).parent.parent / "nano" / "models"
 MODEL_DIR = MODELS / "small"  # the model of the default run

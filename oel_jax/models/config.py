@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 
 # model_type (our family) -> the one architecture of it that is a causal language model
 _FAMILIES = {

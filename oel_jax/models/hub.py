@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from oel_jax.errors import UserError
-from oel_jax.machine import caches
+from oel_jax.base import caches
+from oel_jax.base.errors import UserError
 from oel_jax.models.weight_files import INDEX, incomplete
 
 WAITS = (2.0, 5.0, 15.0)  # seconds between tries

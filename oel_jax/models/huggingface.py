@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
-from oel_jax.machine import paths
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.models import hub, safetensors_io
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import param_shardings

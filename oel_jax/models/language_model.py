@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import Tokenizer
-from oel_jax.errors import UserError
 from oel_jax.models.agreement import check_ids, fitting_tokenizer
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.config import ModelConfig

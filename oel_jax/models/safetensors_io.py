@@ -15,7 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),

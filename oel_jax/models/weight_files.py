@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.models import safetensors_io
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.safetensors_io import SafetensorsFile

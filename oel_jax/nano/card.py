@@ -20,10 +20,10 @@ from typing import Any
 import jax
 
 from oel_jax import environments
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_object
 from oel_jax.environments.seeds import HELDOUT_GAMES
-from oel_jax.errors import UserError
-from oel_jax.files import read_object
-from oel_jax.machine import paths
 from oel_jax.models.bundled import model_dir
 from oel_jax.models.config import ModelConfig
 from oel_jax.nano import pretrain

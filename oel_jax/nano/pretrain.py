@@ -25,8 +25,8 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import Params, forward, init_params, unembed
 from oel_jax.nano import vocabulary

@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 import sentencepiece
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.data import prompts
 from oel_jax.environments import NO_ACTION, parse_action
-from oel_jax.errors import UserError
 from oel_jax.models.language_model import load_model
 from oel_jax.nano import vocabulary
 from oel_jax.nano.players import AnyWorld, begin

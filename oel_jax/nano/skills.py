@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.negative_control import OTHER_GAME
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.huggingface import resolve
 from oel_jax.nano.measure import Measurement, conditions

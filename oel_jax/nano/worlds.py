@@ -10,7 +10,7 @@ import argparse
 import random
 import sys
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.nano.examples import TASKS, draw_example, draw_task
 
 

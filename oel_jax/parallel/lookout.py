@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from oel_jax.machine import preemption
+from oel_jax.base import preemption
 from oel_jax.parallel import processes
 
 _AHEAD = 2  # pieces that the host starts before it waits for the device

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oel_jax.errors import TryAgain, UserError
+from oel_jax.base.errors import TryAgain, UserError
 
 _HELLO = "oel_jax"  # another program at this port says something else
 _LONGEST = 4096  # bytes of a message

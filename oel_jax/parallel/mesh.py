@@ -19,7 +19,7 @@ import numpy as np
 from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 RULES: dict[str | None, str | None] = {
     "batch": "fsdp",

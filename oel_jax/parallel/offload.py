@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 HOST = "pinned_host"  # the memory kind, as JAX names it
 

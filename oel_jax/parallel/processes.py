@@ -24,9 +24,9 @@ import numpy as np
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
-from oel_jax.errors import TryAgain, UserError
-from oel_jax.files import read_json
-from oel_jax.machine import preemption
+from oel_jax.base import preemption
+from oel_jax.base.errors import TryAgain, UserError
+from oel_jax.base.files import read_json
 from oel_jax.parallel import meeting
 
 _T = TypeVar("_T")

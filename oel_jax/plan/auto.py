@@ -14,10 +14,10 @@ from typing import Any
 
 import ml_collections
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.budgets import has_extractor
 from oel_jax.config.defaults import auto_fields, with_fields
 from oel_jax.config.fields_run import AUTO_SLOTS
-from oel_jax.errors import UserError
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.huggingface import resolve

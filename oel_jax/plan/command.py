@@ -27,13 +27,13 @@ import jax
 import ml_collections
 
 from oel_jax import environments
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.config.budgets import has_extractor
 from oel_jax.config.checks import validate
 from oel_jax.config.command_line import read_overrides
 from oel_jax.config.defaults import with_fields
 from oel_jax.config.file import load_config
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
 from oel_jax.models.config import ModelConfig
 from oel_jax.plan import report
 from oel_jax.plan.auto import settle_for

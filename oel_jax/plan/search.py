@@ -7,10 +7,10 @@ import jax
 import ml_collections
 from jax.sharding import AxisType
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.defaults import with_fields
 from oel_jax.config.fields_run import AUTO_SLOTS
 from oel_jax.config.fit import validate_against_model
-from oel_jax.errors import UserError
 from oel_jax.models.config import ModelConfig
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.plan.estimate import Plan, planned

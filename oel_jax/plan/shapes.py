@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from oel_jax.errors import UserError
-from oel_jax.machine import paths
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.models.config import ModelConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 GIB = 1 << 30
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oel_jax.files import read_json
+from oel_jax.base.files import read_json
 from oel_jax.report.intervals import paired_difference
 from oel_jax.runs.workdir import Workdir
 

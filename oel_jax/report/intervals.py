@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 
 def board_clustered_interval(

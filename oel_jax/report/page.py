@@ -19,9 +19,9 @@ from importlib import metadata, resources
 from pathlib import Path
 from string import Template
 
-from oel_jax.errors import UserError
-from oel_jax.files import write_bytes
-from oel_jax.machine import paths
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import write_bytes
 from oel_jax.report import sections, studies
 from oel_jax.report.figure import pass_rates
 from oel_jax.report.run_data import collect

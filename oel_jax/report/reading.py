@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oel_jax.base.errors import UserError
 from oel_jax.data import trajectory_files
 from oel_jax.data.trajectories import PURPOSES, Trajectory
-from oel_jax.errors import UserError
 from oel_jax.report.run_data import RunData, collect
 from oel_jax.runs.workdir import Workdir
 

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.report.sections import table
 
 _RATES = ("pass_rate", "skill")  # shown in percent

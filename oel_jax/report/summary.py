@@ -5,8 +5,8 @@ from typing import Any
 
 import ml_collections
 
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config import negative_control
-from oel_jax.files import read_json, write_json
 from oel_jax.report.gains import gains, mean_error, sentence
 from oel_jax.runs.metrics import table
 from oel_jax.runs.workdir import Workdir

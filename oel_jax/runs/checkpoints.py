@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.parallel import processes
 
 

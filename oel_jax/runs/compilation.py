@@ -4,9 +4,9 @@ import importlib.util
 
 import jax
 
+from oel_jax.base import caches, compile_cache, paths
+from oel_jax.base.errors import UserError
 from oel_jax.config.rules import BUCKETS
-from oel_jax.errors import UserError
-from oel_jax.machine import caches, compile_cache, paths
 
 
 def keep_compiled(setting: str | None) -> None:

@@ -22,8 +22,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.util import tensor_util
 
-from oel_jax.errors import UserError
-from oel_jax.files import write_bytes
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import write_bytes
 from oel_jax.runs.tensorboard import Axis, EventFiles, prefix
 from oel_jax.runs.workdir import Workdir
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import jax
 import ml_collections
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.budgets import extractor_budget, play_budget
-from oel_jax.errors import UserError
 from oel_jax.models.language_model import DTYPES, LanguageModel
 from oel_jax.models.lengths import SHARED_FROM
 from oel_jax.sampler.config import SamplerConfig

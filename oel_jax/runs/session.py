@@ -12,8 +12,8 @@ from typing import Protocol
 import jax
 import ml_collections
 
+from oel_jax.base import preemption
 from oel_jax.config.defaults import as_json
-from oel_jax.machine import preemption
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import host_mesh
 from oel_jax.runs.metrics import Metrics, NoMetrics, duration

@@ -36,11 +36,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from oel_jax.base import paths
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.fields import is_free, leaves
 from oel_jax.config.old_values import saved_config
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
-from oel_jax.machine import paths
 
 SCHEMA = "oel.workdir/1"
 

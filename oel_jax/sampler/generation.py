@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.render import render
 from oel_jax.data.messages import ROLES, Dialogue, Message, user
-from oel_jax.errors import UserError
 from oel_jax.models.language_model import LanguageModel, load_model
 from oel_jax.models.lengths import padded_length
 from oel_jax.sampler.config import SamplerConfig

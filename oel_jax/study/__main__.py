@@ -1,6 +1,6 @@
 """`python -m oel_jax.study`: see `command`."""
 
-from oel_jax.machine import preemption
+from oel_jax.base import preemption
 
 preemption.listen()  # before what takes time to import: a notice may come at once
 

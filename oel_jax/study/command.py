@@ -26,12 +26,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oel_jax.base import paths, preemption
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_bytes, write_json
 from oel_jax.config.command_line import read_overrides
 from oel_jax.config.defaults import as_json
 from oel_jax.config.file import load_config
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_bytes, write_json
-from oel_jax.machine import paths, preemption
 from oel_jax.models.bundled import resolve_bundled
 from oel_jax.runs.metrics import printable
 from oel_jax.runs.workdir import Workdir, lock_directory

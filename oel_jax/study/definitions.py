@@ -16,10 +16,10 @@ from typing import Any
 import ml_collections
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import with_fields
 from oel_jax.config.file import existing, explain, load_module
-from oel_jax.errors import UserError
 from oel_jax.runs.stages import NAMES
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")  # what is a file name everywhere

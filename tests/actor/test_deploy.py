@@ -7,9 +7,9 @@ from tiny_run import contents, copy_of, opened, tiny_config
 
 from oel_jax import environments
 from oel_jax.actor.deploy import deploy
+from oel_jax.base.errors import UserError
 from oel_jax.data.prompts import play_prompt
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
 from oel_jax.runs.metrics import read as read_metrics
 
 

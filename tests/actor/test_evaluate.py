@@ -7,7 +7,7 @@ from tiny_run import contents, copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax import environments
 from oel_jax.actor.evaluate import _seen_boards
-from oel_jax.files import read_json
+from oel_jax.base.files import read_json
 from oel_jax.report.intervals import board_clustered_interval
 from oel_jax.runs.keys import chain_key
 from oel_jax.runs.metrics import read as read_metrics

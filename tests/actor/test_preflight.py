@@ -10,12 +10,12 @@ import pytest
 from tiny_run import contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.config.fields import is_free
 from oel_jax.data.messages import Context
 from oel_jax.data.prompts import play_prompt
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
 from oel_jax.report.intervals import paired_difference
 from oel_jax.runs.metrics import read as read_metrics
 from oel_jax.runs.stages import NAMES, stages_of

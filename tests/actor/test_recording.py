@@ -8,8 +8,8 @@ import pytest
 from oel_jax.actor import recording
 from oel_jax.actor.play import Job
 from oel_jax.actor.recording import Format, GameFile, read_records, record_games, remove_records
+from oel_jax.base.errors import UserError
 from oel_jax.data.line_files import encode_json
-from oel_jax.errors import UserError
 from oel_jax.parallel import processes
 
 

@@ -6,10 +6,10 @@ import datetime
 import pytest
 from transformers.utils import chat_template_utils
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.control_tokens import ControlToken
 from oel_jax.chat.template import ChatTemplate
 from oel_jax.chat.traced import plain
-from oel_jax.errors import UserError
 
 TODAY = datetime.datetime(2026, 11, 28, 23, 59, 58)
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}

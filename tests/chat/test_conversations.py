@@ -12,11 +12,11 @@ import transformers
 from public_templates import CHATML_TOKENS, LLAMA_TOKENS, OTHER_TOKENS, conversation
 from test_tokenizer import write_bpe, write_sentencepiece
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.control_tokens import ControlToken
 from oel_jax.chat.render import render
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.data.messages import Context, Dialogue
-from oel_jax.errors import UserError
 
 TEMPLATES = {
     "smollm2": public.SMOLLM2,

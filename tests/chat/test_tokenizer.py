@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import load_tokenizer
-from oel_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "transcripts.json"
 CHATML = (

@@ -9,8 +9,8 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
 
+from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import load_tokenizer
-from oel_jax.errors import UserError
 
 CONTROL = ("<unk>", "<s>", "</s>", "<|user|>", "<|bot|>", "<think>", "</think>")
 # Control tokens with text, blanks and lines on either side, and with nothing between them.

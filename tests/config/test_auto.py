@@ -9,11 +9,11 @@ import pytest
 from tiny_run import as_flags, tiny_config
 
 import oel_jax
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import as_json, auto_fields, default, with_fields
 from oel_jax.config.file import load_config
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.models import bundled
 from oel_jax.plan import auto
 from oel_jax.plan.search import on_target

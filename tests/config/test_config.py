@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.config.budgets import chain_seeds, extraction_template, extractor_budget, play_budget
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import as_json, default
@@ -17,7 +18,6 @@ from oel_jax.config.fields_run import MAX_TURNS
 from oel_jax.config.fit import validate_against_model
 from oel_jax.config.presets import apply_preset
 from oel_jax.data import prompts
-from oel_jax.errors import UserError
 from oel_jax.models.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]

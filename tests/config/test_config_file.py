@@ -7,8 +7,8 @@ import pytest
 from tiny_run import NANO_CONFIG
 
 import oel_jax
+from oel_jax.base.errors import UserError
 from oel_jax.config.file import load_config
-from oel_jax.errors import UserError
 from oel_jax.plan.command import main as plan
 from oel_jax.study.command import main as study
 
@@ -36,7 +36,7 @@ WRONG = {
     "x = 1\n": ("is no config file: it has no function get_config", ""),
     START: ("get_config returned nothing; it must return a ConfigDict", ""),
     "def get_config(preset=None):\n    return {}\n": ("get_config returned a dict", ""),
-    "from oel_jax.errors import UserError\ndef get_config(preset=None):\n"
+    "from oel_jax.base.errors import UserError\ndef get_config(preset=None):\n"
     "    raise UserError('my own words')\n": ("my own words", ""),
 }
 

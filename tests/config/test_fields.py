@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import write_json
 from oel_jax.config import as_json, default, load_config, validate, with_fields
 from oel_jax.config.command_line import read_overrides, split_overrides
 from oel_jax.config.fields import FIELDS, is_free, leaves
 from oel_jax.config.old_values import saved_config
 from oel_jax.config.page import config_text, page
-from oel_jax.errors import UserError
-from oel_jax.files import write_json
 from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]

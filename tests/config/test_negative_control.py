@@ -15,13 +15,13 @@ import pytest
 from tiny_run import contents, copy_of, go, tiny_config
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.chat.render import render
 from oel_jax.config import negative_control
 from oel_jax.config.checks import validate
 from oel_jax.data.trajectory_files import read
 from oel_jax.distill import topk_kl
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.models import bundled
 from oel_jax.parallel import vocabulary
 from oel_jax.runs.metrics import read as read_metrics

@@ -3,8 +3,8 @@
 import pytest
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.data import answers
-from oel_jax.errors import UserError
 
 # response; answer where the model writes <think> itself; answer where the template has written it.
 CASES = [

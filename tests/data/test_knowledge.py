@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from oel_jax.base.errors import UserError
 from oel_jax.data import knowledge
-from oel_jax.errors import UserError
 
 ITEM = "- EXPERIENCE ITEM:"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from oel_jax.base.errors import UserError
 from oel_jax.data import prompts
 from oel_jax.data.messages import NOTHING, PLACES, Context, Dialogue, place_context, user
-from oel_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "[up]"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from oel_jax.base.errors import UserError
 from oel_jax.data import prompts
-from oel_jax.errors import UserError
 
 TEMPLATES = json.loads(
     (Path(__file__).resolve().parents[1] / "golden" / "templates.json").read_text()

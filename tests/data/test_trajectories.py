@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oel_jax.base.errors import UserError
 from oel_jax.data import trajectory_files
 from oel_jax.data.messages import Context, user
 from oel_jax.data.trajectories import Trajectory, Transcript, Turn, decision_points
 from oel_jax.data.trajectory_files import TrajectoryStore, TrajectoryWriter
 from oel_jax.data.trajectory_schema import encode
-from oel_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = ROOT / "tests" / "golden" / "trajectories_schema_1.jsonl"

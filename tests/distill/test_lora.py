@@ -15,6 +15,7 @@ from test_step import CFG, CONTEXTS, KL, close, make_model, make_samples, prompt
 from tiers import meshes
 from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
+from oel_jax.base.files import read_json
 from oel_jax.config.rules import ADAPTABLE as CONFIG_ADAPTABLE
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.lora import (
@@ -29,7 +30,6 @@ from oel_jax.distill.lora import (
 )
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, zeros_like
-from oel_jax.files import read_json
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models import bundled
 from oel_jax.models.decoder import ADAPTABLE, KeyValues, abstract_params

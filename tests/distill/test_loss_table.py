@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks import loss_table
+from oel_jax.base.errors import UserError
 from oel_jax.config.checks import validate
 from oel_jax.config.choices import CORRECTIONS, SUPPORTS
 from oel_jax.config.defaults import default
 from oel_jax.distill.topk_kl import KLConfig
-from oel_jax.errors import UserError
 from oel_jax.parallel.vocabulary import LEAST, log_softmax
 
 VOCAB = loss_table.VOCABULARY

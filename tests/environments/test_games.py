@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.data import prompts
 from oel_jax.environments import boards
-from oel_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 BOARDS = json.loads((GOLDEN / "boards.json").read_text())

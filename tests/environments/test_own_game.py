@@ -7,12 +7,12 @@ from tiny_run import go, tiny_config
 
 import oel_jax
 from oel_jax import environments
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.config.budgets import extractor_budget
 from oel_jax.config.checks import validate
 from oel_jax.data import prompts
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.plan import command as plan
 
 GUESS = Path(__file__).resolve().parents[1] / "guess_game.py"

@@ -25,7 +25,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from oel_jax import evaluate as harness
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.evaluate import command as command
 from oel_jax.evaluate.command import evaluate_policies, main
 from oel_jax.evaluate.likelihood import score
@@ -33,7 +34,6 @@ from oel_jax.evaluate.model import PolicyLM, answer_text, generation
 from oel_jax.evaluate.responses import Answer, Place, Responses, prompt_digest
 from oel_jax.evaluate.results import summarise
 from oel_jax.evaluate.tasks import PAPER_IFEVAL, select
-from oel_jax.files import read_json
 from oel_jax.models import bundled
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh

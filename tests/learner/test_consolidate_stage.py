@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import contents, copy_of, go, opened, tiny_config
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.render import render
 from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import decision_points
 from oel_jax.data.trajectory_files import TrajectoryStore, read
 from oel_jax.distill.reference import divergence
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
 from oel_jax.learner import rollouts
 from oel_jax.models import bundled
 from oel_jax.models.language_model import load_model

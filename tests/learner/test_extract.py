@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_run import contents, copy_of, opened, tiny_config
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.data import answers, knowledge
 from oel_jax.data.prompts import extraction_history
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.learner.contexts import check_other_run
 from oel_jax.learner.extract import extract
 from oel_jax.runs.metrics import read as read_metrics

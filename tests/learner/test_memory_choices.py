@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_run import copy_of, go, tiny_config
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.checks import validate
-from oel_jax.errors import UserError
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.parallel.offload import check_offload

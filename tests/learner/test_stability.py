@@ -26,13 +26,13 @@ from test_step import (
 )
 from tiny_run import copy_of, go, opened, tiny_config
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.config.checks import validate
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.reference import divergence
 from oel_jax.distill.step import PLACES, StepConfig, accumulate, averaged, zeros_like
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.learner import guards
 from oel_jax.learner.selection import moved, selected
 from oel_jax.models import bundled

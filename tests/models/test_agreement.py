@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config
 
 from oel_jax import load_model
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models import bundled
 from oel_jax.models.agreement import fitting_tokenizer
 from oel_jax.models.config import ModelConfig

@@ -17,7 +17,7 @@ import httpx2
 import pytest
 from conftest import write_model
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models import bundled, hub
 from oel_jax.models.weight_files import incomplete
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import write_model
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models import safetensors_io
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import abstract_params, param_shardings
@@ -430,7 +430,7 @@ def test_resolve_hub_from_the_cache_and_offline(tmp_path):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
     script = """
-        from oel_jax.errors import UserError
+        from oel_jax.base.errors import UserError
         from oel_jax.models.huggingface import resolve
         print(resolve("someone/tiny"))
         try:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models.config import ModelConfig, RopeScaling
 from oel_jax.models.decoder import abstract_params
 

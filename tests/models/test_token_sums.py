@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oel_jax.base.errors import UserError
 from oel_jax.config.defaults import default
 from oel_jax.distill.packing import Shape
 from oel_jax.distill.step import accumulate
 from oel_jax.distill.topk_kl import KLConfig, fused_topk_kl
-from oel_jax.errors import UserError
 from oel_jax.learner.consolidate import static_settings
 from oel_jax.models import decoder, weighted
 from oel_jax.models.config import ModelConfig

@@ -14,9 +14,9 @@ import pytest
 import real_worlds
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.data import prompts
 from oel_jax.environments import boards
-from oel_jax.errors import UserError
 from oel_jax.models import bundled
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import init_params

@@ -12,9 +12,9 @@ import pytest
 from real_worlds import REAL, drawn, heldout_worlds, read_history, real_world
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
 from oel_jax.data import knowledge, prompts
 from oel_jax.environments.textarena import GENERIC_RULES
-from oel_jax.errors import UserError
 from oel_jax.nano import examples, worlds
 from oel_jax.nano import language as lang
 from oel_jax.nano.lake import Lake, World

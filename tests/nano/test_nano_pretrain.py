@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import forward, init_params, unembed
 from oel_jax.models.huggingface import load_params

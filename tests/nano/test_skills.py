@@ -5,8 +5,8 @@ import pytest
 from conftest import write_model
 from tiny_run import copy_of, go, opened, tiny_config
 
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.models import bundled
 from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import load_model

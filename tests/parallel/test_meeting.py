@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tiny_run import ROOT
 
-from oel_jax.errors import TryAgain, UserError
+from oel_jax.base.errors import TryAgain, UserError
 from oel_jax.parallel import meeting
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny_run import ROOT, as_flags, copy_of
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.parallel import processes
 from oel_jax.runs.metrics import read as read_metrics
 

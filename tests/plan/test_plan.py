@@ -12,7 +12,7 @@ import tiny_run
 from jax import P
 from tiers import meshes
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.learner import consolidate
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.config import ModelConfig

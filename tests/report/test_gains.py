@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from oel_jax.files import write_json
+from oel_jax.base.files import write_json
 from oel_jax.report.gains import gains, mean_error, sentence
 from oel_jax.report.intervals import paired_difference
 from oel_jax.runs.workdir import Workdir

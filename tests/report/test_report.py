@@ -17,8 +17,8 @@ from tensorboard.util import tensor_util
 from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax import environments
+from oel_jax.base.files import read_json, write_json
 from oel_jax.data.trajectory_files import read as read_games
-from oel_jax.files import read_json, write_json
 from oel_jax.report import charts, figure
 from oel_jax.report import page as report
 from oel_jax.report.run_data import collect, generated_tokens, knowledge_lines, stage_times

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.report.intervals import (
     board_clustered_interval,
     mean_over_seeds,

@@ -10,11 +10,11 @@ import pytest
 from tiny_run import copy_of, go, results, tiny_config
 
 from oel_jax import run
-from oel_jax.errors import UserError
+from oel_jax.base import preemption
+from oel_jax.base.errors import UserError
 from oel_jax.learner import consolidate as stage
 from oel_jax.learner import rollouts
 from oel_jax.learner.memory import Accumulator
-from oel_jax.machine import preemption
 from oel_jax.parallel.mesh import make_mesh, spec
 from oel_jax.runs import checkpoints
 from oel_jax.runs.checkpoints import RoundCheckpoints

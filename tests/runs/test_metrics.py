@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from tensorboard.util import tensor_util
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.runs.metrics import Metrics, duration, printable, read, table
 from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir

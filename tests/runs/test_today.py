@@ -10,14 +10,14 @@ import jax
 import pytest
 from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.chat import template
 from oel_jax.chat.render import render
 from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import decision_points
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
 from oel_jax.export import command as export
-from oel_jax.files import read_json, write_json
 from oel_jax.models import bundled
 from oel_jax.parallel import processes
 from oel_jax.parallel.mesh import make_mesh

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.defaults import as_json, default
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
 from oel_jax.runs import workdir as workdir_module
 from oel_jax.runs.workdir import Workdir, lock_directory
 

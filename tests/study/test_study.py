@@ -12,13 +12,13 @@ import jax
 import pytest
 from tiny_run import ROOT, contents, go, opened, results, tiny_config
 
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.command_line import read_overrides
 from oel_jax.config.field import PARTS
 from oel_jax.config.fields import is_free, leaves, unaffected
 from oel_jax.config.file import load_module
 from oel_jax.data.line_files import LineWriter
-from oel_jax.errors import UserError
-from oel_jax.files import read_json, write_json
 from oel_jax.report import page as report
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler

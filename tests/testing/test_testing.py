@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from oel_jax import load_model, run, testing
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 from oel_jax.models.bundled import model_dir
 from oel_jax.runs.profiling import compile_seconds
 from oel_jax.sampler.requests import Request, request_key

@@ -18,7 +18,7 @@ from benchmarks import (
 )
 from benchmarks.models import SHAPES
 from benchmarks.side_by_side import Bar
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models import bundled
 from oel_jax.plan.shapes import KNOWN
 from oel_jax.plan.targets import Device, Target

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from oel_jax import testing
+from oel_jax.base.files import read_json
 from oel_jax.data.trajectory_files import read
-from oel_jax.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 GUESS = ROOT / "tests" / "guess_game.py"

@@ -7,11 +7,11 @@ import pytest
 from tiny_run import tiny_config
 
 import oel_jax
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json
 from oel_jax.chat.render import render
 from oel_jax.data import trajectories
 from oel_jax.data.messages import Dialogue
-from oel_jax.errors import UserError
-from oel_jax.files import read_json
 
 TEXTS = ["What is two plus three?", "Say blue.", "Go up or down."]
 

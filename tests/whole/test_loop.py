@@ -15,11 +15,11 @@ import pytest
 from tiny_run import ROOT, as_flags, contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import environments
+from oel_jax.base.errors import UserError
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.checks import validate
 from oel_jax.data.trajectory_files import read
-from oel_jax.errors import UserError
 from oel_jax.export.command import export
-from oel_jax.files import read_json, write_json
 from oel_jax.runs.policies import policy_directory
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler

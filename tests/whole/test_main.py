@@ -14,7 +14,7 @@ from tiny_run import NANO_CONFIG, as_flags, contents, copy_of, tiny_config
 
 import oel_jax
 from oel_jax import run
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import all_devices, make_mesh
 

@@ -19,9 +19,9 @@ import tiny_run
 from test_topk_kl import float64
 
 from oel_jax import environments
+from oel_jax.base.files import read_json, write_json
 from oel_jax.config.choices import CORRECTIONS, SUPPORTS, nonsense
 from oel_jax.distill.reference import divergence
-from oel_jax.files import read_json, write_json
 from oel_jax.runs.workdir import Workdir
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))

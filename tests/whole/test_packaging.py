@@ -11,8 +11,8 @@ import pytest
 import oel_jax
 from launch import requirements
 from oel_jax.__main__ import COMMANDS, main
+from oel_jax.base.errors import UserError
 from oel_jax.config.file import existing
-from oel_jax.errors import UserError
 from oel_jax.study.definitions import load
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 # A URL that went through `Path` has lost a slash: "gs:/bucket". Then only these names tell it from

@@ -12,11 +12,11 @@ import pytest
 from tiny_run import tiny_config
 
 from oel_jax import load_model
+from oel_jax.base import caches, paths
+from oel_jax.base.errors import UserError
 from oel_jax.config.checks import validate
 from oel_jax.config.fields import FIELDS as CONFIG_FIELDS
 from oel_jax.config.rules import BUCKETS
-from oel_jax.errors import UserError
-from oel_jax.machine import caches, paths
 from oel_jax.runs.compilation import keep_compiled
 from oel_jax.runs.workdir import Workdir
 
@@ -173,7 +173,7 @@ def test_a_local_directory_for_compiled_programs(cache_setting, tmp_path):
 def places(tmp_path: Path, **environment) -> tuple[str, str, str]:
     """(compiled programs, hub, notes) of a new process; a value None unsets a variable."""
     script = (
-        "from oel_jax.machine import caches; print(caches.compiled_programs()); "
+        "from oel_jax.base import caches; print(caches.compiled_programs()); "
         "caches.set_hugging_face_home(); import huggingface_hub.constants as c; "
         "print(c.HF_HUB_CACHE)"
     )

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:

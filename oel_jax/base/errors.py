@@ -14,4 +14,4 @@ class UserError(ValueError):
 class TryAgain(UserError):
     """What may be well without a change when the same command is run again later."""
 
-    status = 75  # as after a notice to stop, see oel_jax/machine/preemption.py
+    status = 75  # as after a notice to stop, see oel_jax/base/preemption.py

@@ -11,7 +11,7 @@ from tiny_run import ROOT
 STUCK = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 CHILD = """
 import hashlib, signal, sys, time
-from oel_jax.machine import preemption
+from oel_jax.base import preemption
 {before}
 preemption.listen()
 def up():

@@ -10,7 +10,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from oel_jax.errors import UserError
+from oel_jax.base.errors import UserError
 
 
 def compiled_programs() -> Path:

@@ -1,1 +1,0 @@
-"""The machine that a command runs on: paths, caches, signals."""
