@@ -168,8 +168,8 @@ def static(how, limit, logits, keys, count):
 
 @pytest.mark.parametrize("width", [72, 1500])
 def test_mixed_rows_equal_static_settings(width):
-    """The same tokens; log-probabilities but for the last digit where the compiler fuses them in
-    another way, and to the bit where all rows are of one kind without top-k and top-p."""
+    """The same tokens; log-probabilities but for the last digit, since the compiler fuses them in
+    another way."""
     rows = 40 * len(KINDS)
     draw = np.random.default_rng(width)
     logits = (draw.normal(size=(rows, width)) * 3).astype(np.float32)
@@ -185,11 +185,6 @@ def test_mixed_rows_equal_static_settings(width):
         expected = jax.jit(static, static_argnums=(0, 1))(one, *given)
         np.testing.assert_array_equal(np.asarray(mixed[0])[mine], expected[0])
         np.testing.assert_allclose(np.asarray(mixed[1])[mine], expected[1], rtol=1e-5, atol=1e-6)
-        if number < 3:  # all tokens, or the likeliest: these programs are the same
-            how = RowSampling.of([one] * 40, width)
-            alone = ours(how, (one.candidates(width),), *given)
-            for found, right in zip(alone, expected, strict=True):
-                np.testing.assert_array_equal(found, right)
 
 
 def test_a_vocabulary_is_sorted_only_where_it_is_asked_for():
