@@ -85,7 +85,7 @@ def test_bytes_by_class_are_those_of_a_real_run(finished_run, tmp_path, monkeypa
         (teacher,) = (one for one in given if isinstance(one, Teacher))
         (sampler,) = (one for one in given if isinstance(one, Sampler))
         widths = [prefix.cache.keys.shape[2] for prefix in teacher.encoded]
-        seen.update(widths=widths, header=sampler.longest_prefix, held=original(*given))
+        seen.update(widths=widths, header=sampler.config.longest_prefix, held=original(*given))
         return seen["held"]
 
     monkeypatch.setattr(consolidate, "_held", spy)
