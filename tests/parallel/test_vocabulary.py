@@ -11,7 +11,7 @@ from oel_jax.parallel import vocabulary
 from oel_jax.parallel.mesh import all_rows, make_mesh
 from oel_jax.parallel.vocabulary import AT_REST, SPREAD, lookup
 from oel_jax.sampler.requests import Sampling, request_key
-from oel_jax.sampler.sampling import draw, sample
+from oel_jax.sampler.sampling import RowSampling, draw, sample
 
 MESHES = meshes((2, 4), (8, 1), (4, 2), (1, 8))
 
@@ -125,13 +125,16 @@ def test_a_draw_on_devices_is_that_of_one(shape, how):
     count = np.arange(24, dtype=np.int32)
     logits = jnp.asarray(hidden) @ matrix.T
     assert logits.max() < 0
-    expected = sample(how, 85, logits, keys, count)
+    widths = (how.candidates(88),)
+    expected = sample(RowSampling.of([how] * 24, 88), widths, 85, logits, keys, count)
     rows, wide = P("fsdp"), P("fsdp", None)
     with jax.set_mesh(mesh):
         spread = vocabulary.spread_over_all(put(mesh, matrix, AT_REST))
-        run = jax.jit(draw, static_argnums=(0, 1, 4))
+        run = jax.jit(draw, static_argnums=(1, 2, 5))
+        settings = jax.tree.map(lambda leaf: put(mesh, leaf, rows), RowSampling.of([how] * 24, 88))
         found = run(
-            how,
+            settings,
+            widths,
             85,
             put(mesh, hidden, wide),
             spread,
