@@ -725,7 +725,7 @@ def test_all_541_prompts_without_network_or_torch(finished_run, tmp_path, ifeval
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['evaluate', *{arguments!r}]\n"
-        "try:\n    runpy.run_module('oel_jax.actor.evaluate', run_name='__main__')\n"
+        "try:\n    runpy.run_module('oel_jax.evaluate', run_name='__main__')\n"
         "except SystemExit as end:\n    print('exit', end.code, 'torch' in sys.modules)\n"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("NLTK", "HF_"))}
