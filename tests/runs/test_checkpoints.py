@@ -21,7 +21,7 @@ from oel_jax.runs.checkpoints import RoundCheckpoints
 from oel_jax.runs.metrics import read
 
 
-def opened(directory, every=1, minutes=0.0, keep=1):
+def opened(directory, every=1, minutes=None, keep=1):
     return RoundCheckpoints(directory, every=every, minutes=minutes, keep=keep)
 
 
