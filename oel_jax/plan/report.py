@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
+import jax.numpy as jnp
+
 from oel_jax.plan.costs import parameters
 from oel_jax.plan.estimate import Plan
 from oel_jax.plan.search import flags
@@ -175,7 +177,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": plan.arrays.config.model.path,
         "parameters": parameters(plan.arrays.cfg),
         "assumed": asdict(plan.assumed),
-        "work": asdict(plan.arrays.work),
+        "work": _plain(asdict(plan.arrays.work)),
         "fits": plan.fits,
         "margin": plan.margin,
         "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
@@ -188,6 +190,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "hours": plan.hours,
     }
+
+
+def _plain(value: Any) -> Any:
+    """The same with names in place of dtypes, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inside) for inside in value]
+    plain = value is None or isinstance(value, str | int | float)
+    return value if plain else jnp.dtype(value).name
 
 
 def _compiled(plan: Plan, name: str) -> dict[str, Any]:
