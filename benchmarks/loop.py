@@ -25,6 +25,8 @@ from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json
+from oel_jax.config.command_line import read_overrides
+from oel_jax.config.defaults import with_fields
 from oel_jax.runs.metrics import read
 from oel_jax.runs.workdir import Workdir
 
@@ -76,18 +78,8 @@ class Extraction:
 
 def load_config(path: Path, fields: list[str]) -> ml_collections.ConfigDict:
     """What a config file returns, with fields set as on the command line."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    for field in fields:
-        name, _, value = field.partition("=")
-        group, _, leaf = name.rpartition(".")
-        section = config[group] if group else config
-        section[leaf] = type(section[leaf])(value)
-    return config
+    changes = read_overrides([f"--config.{field}" for field in fields])
+    return with_fields(oel_jax.load_config(path), changes)
 
 
 def main() -> int:

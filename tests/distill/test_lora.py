@@ -132,7 +132,7 @@ def test_a_fresh_adapter_changes_nothing(tiny_models):
 
 def test_targets_choose_the_weights():
     assert tuple(ADAPTABLE) == CONFIG_ADAPTABLE
-    section = tiny_config(lora__rank=2, lora__alpha=3.0, lora__targets="down,q").lora
+    section = tiny_config(lora__rank=2, lora__alpha=3.0, lora__targets=("down", "q")).lora
     lora = Lora.of(section)
     assert lora == Lora(2, 3.0, ("q", "down")) and lora.scale == 1.5
     assert Lora.of(tiny_config().lora) is None

@@ -281,12 +281,12 @@ def test_5_your_own_game(tmp_path, monkeypatch, plots):
     path = workdir.trajectories(1) / "deploy_0000.jsonl"
     game = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assert game["game"] == "treasure" and "T" in game["turns"][0]["messages"][0]["content"]
-    rates = [read_json(file)["pass_rate"] for file in names["files"].values()]
+    rates = [result["pass_rate"] for result in names["rates"].values()]
     (axes,) = plots.gcf().axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(rates)
     assert "passes" in text and 0.02 < names["won"] / (128 * 20) < 0.12
     source = next(source for _, source, _ in cells_of(NAMES[4]) if "class Treasure" in source)
-    body = source[source.index("class Treasure") : source.index("games.register")]
+    body = source[source.index("class Treasure") : source.index("environments.register")]
     assert sum(bool(line.strip()) for line in body.splitlines()) <= 45  # about forty lines
 
 
