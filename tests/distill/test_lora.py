@@ -337,7 +337,7 @@ def test_the_policy_is_the_start_with_the_adapter_merged(lora_stage):
 def test_the_next_round_starts_from_the_merged_policy_with_a_fresh_adapter(lora_stage):
     with opened(lora_stage, tiny_config(**FIELDS, rounds=2), change=True) as run:
         with module._checkpoints(run.config, run.workdir, 2) as checkpoints:
-            tx = module.optimizer(run.config.consolidate)
+            tx = module.make_optimizer(run.config.consolidate)
             with jax.set_mesh(run.mesh):
                 student = module._start(run, 2, tx, checkpoints)
         assert policy_directory(run.config, run.workdir, 2) == lora_stage / "round_001" / "policy"
