@@ -79,7 +79,7 @@ def lock_directory(root: Path) -> int:
             file.write(b"x")
             file.flush()
     except OSError as error:
-        hint = "it is a file" if root.is_file() else error.strerror
+        hint = "it is a file" if os.path.isfile(root) else error.strerror
         raise UserError(
             f"--workdir={root} cannot be written: {hint}; choose a directory that you may write to"
         ) from error
