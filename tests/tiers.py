@@ -5,7 +5,9 @@ The default tier is every test without one of the markers in pyproject.toml. It 
 test or a marker (`-m mesh`).
 
 A test of the default tier that takes more than `LIMIT` seconds of processor time (its process and
-the children that it waited for; a loaded machine does not add to it) makes the whole session fail.
+the children that it waited for; a loaded machine does not add to it) makes a session of that tier
+fail. It is only named, and nothing fails, where `judged` is false: with few compiled programs kept,
+compiling takes most of the time.
 """
 
 import os
@@ -16,6 +18,7 @@ import pytest
 
 TIERS = ("aot", "e2e", "lm_eval", "mesh", "nano", "notebook", "processes", "signals", "slow")
 LIMIT = 20.0
+judged = True  # conftest.py says no while the compile cache is nearly empty
 
 _SPENT = "processor_seconds"
 _left_out: Counter[str] = Counter()
@@ -74,8 +77,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
         session.config.workeroutput["left_out"] = dict(_left_out)
-    elif _too_slow and session.exitstatus == pytest.ExitCode.OK:
+    elif _fails(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _fails(config: pytest.Config) -> bool:
+    return bool(_too_slow) and judged and not config.option.all
 
 
 @pytest.hookimpl(optionalhook=True)
