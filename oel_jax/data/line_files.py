@@ -60,7 +60,85 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8") + b"\n"
 
 
-class LineWriter(Generic[T]):
+class LineFile:
+    """A file of lines that only grows: a line is there whole, or not at all.
+
+    A line reaches the file by one append, is flushed at once, and is synced to disk every
+    `sync_every` lines and on `close`. A write that fails (disk full) leaves the file without the
+    partial line, and the next write may succeed.
+
+    Args:
+      path: the file; its directory must exist. It is created if need be.
+      sync_every: lines between two syncs; 1 loses nothing when the machine goes down, a larger
+        number may lose that many last lines in that case (none when only the process dies).
+
+    Raises:
+      UserError: the file cannot be opened.
+    """
+
+    advice = "make room and run the same command again, it resumes from here"
+
+    def __init__(self, path: str | Path, *, sync_every: int = 1) -> None:
+        if sync_every < 1:
+            raise ValueError(f"sync_every must be at least 1, got {sync_every}")
+        self.path = Path(path)
+        self._sync_every, self._unsynced = sync_every, 0
+        try:
+            self._file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"file {self.path} cannot be written: {error.strerror}; "
+                "choose a workdir that exists and is writable"
+            ) from error
+
+    def append(self, line: bytes) -> None:
+        """Append one line, which ends in a newline.
+
+        Raises:
+          UserError: the disk refuses the write; the file then ends with the line before.
+        """
+        self._append(line)
+        self._unsynced += 1
+        if self._unsynced >= self._sync_every:
+            self._sync()
+
+    def _append(self, line: bytes) -> None:
+        start = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}; {self.advice}"
+            ) from error
+        finally:
+            if rest:  # neither a full disk nor Ctrl-C between two partial writes leaves half a line
+                self._file.truncate(start)
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:  # some file systems find only now that the disk is full
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}; {self.advice}"
+            ) from error
+        self._unsynced = 0
+
+    def close(self) -> None:
+        """Sync and close; closing twice does nothing."""
+        if not self._file.closed:
+            self._sync()
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class LineWriter(LineFile, Generic[T]):
     """Appends values to a file, one line each; safe against a crash at any instant.
 
     Opening creates the file, or reads the values of an existing one: `finished` holds them in the
@@ -68,17 +146,12 @@ class LineWriter(Generic[T]):
     with a warning, a complete last line without its newline gets it. Anything else that is wrong is
     a UserError with file and line, and the file stays as it is.
 
-    A line reaches the file by one append, is flushed at once, and is synced to disk every
-    `sync_every` lines and on `close`. A write that fails (disk full) leaves the file without the
-    partial line.
-
     Args:
       path: the file; its directory must exist.
       decode: a line -> a value. Raises `NotJSON` or `BadLine`.
       encode: a value -> its line. Raises ValueError for a value that readers would refuse.
       key: what identifies a value; a file holds it once. None: any number of times.
-      sync_every: lines between two syncs; 1 loses nothing when the machine goes down, a larger
-        number may lose that many last lines in that case (none when only the process dies).
+      sync_every: see `LineFile`.
 
     Raises:
       UserError: the file cannot be opened or written, or a line other than the last is bad.
@@ -93,18 +166,8 @@ class LineWriter(Generic[T]):
         *,
         sync_every: int = 1,
     ) -> None:
-        if sync_every < 1:
-            raise ValueError(f"sync_every must be at least 1, got {sync_every}")
-        self.path = Path(path)
+        super().__init__(path, sync_every=sync_every)
         self._decode, self._encode, self._key = decode, encode, key
-        self._sync_every, self._unsynced = sync_every, 0
-        try:
-            self._file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            raise UserError(
-                f"trajectory file {self.path} cannot be written: {error.strerror}; "
-                "choose a workdir that exists and is writable"
-            ) from error
         try:
             self.finished = self._recover()
         except UserError:
@@ -152,39 +215,5 @@ class LineWriter(Generic[T]):
         key = self._key(value)
         if key in self._keys:
             raise ValueError(f"{self.path} holds the game {key} already")
-        self._append(self._encode(value))
+        self.append(self._encode(value))
         self._keys |= {key} - {None}
-        self._unsynced += 1
-        if self._unsynced >= self._sync_every:
-            self._sync()
-
-    def _append(self, line: bytes) -> None:
-        start = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(line)
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.path}: {error.strerror}; "
-                "make room and run the same command again, it resumes from here"
-            ) from error
-        finally:
-            if rest:  # neither a full disk nor Ctrl-C between two partial writes leaves half a line
-                self._file.truncate(start)
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._unsynced = 0
-
-    def close(self) -> None:
-        """Sync and close; closing twice does nothing."""
-        if not self._file.closed:
-            self._sync()
-            self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -11,6 +11,9 @@ answered, and what followed. A file is JSON Lines in UTF-8: one trajectory per l
     game*      string, the game's name; not empty
     seed*      integer in [0, 2^63): which board it was
     id*        string, what identifies a conversation; not empty
+    parent*    string, id of the exchange that this one continues (below)
+    conversation*  string, the conversation that an exchange belongs to, where its source names one
+    user*      string, opaque id of the user who was answered; not empty
     round*     integer from 1
     chain*     integer from 0: extraction chain
     wrapper*   string: the last user message of each turn was shown in this wrapper of the paper
@@ -31,6 +34,17 @@ answered, and what followed. A file is JSON Lines in UTF-8: one trajectory per l
         feedback*      string, what followed the response and is in no later message
         action*        string, the parsed action of a game
         observation*   string, what the game said before this turn (extraction history)
+        id*            string, what identifies this exchange; not empty
+        policy*        string, who answered this turn, if another than `policy` above; not empty
+        time*          string, when the answer was finished: ISO 8601 in UTC, "2026-01-31T12:00:00Z"
+        sampling*      object, how the answer was sampled: temperature, top_k, top_p, seed, ...
+        finish*        "stop", "length", "tool_calls" or "cancelled": how the answer ended
+
+An exchange is a conversation of one turn: one request and its answer. An exchange with a `parent`
+continues another: its first turn has `continues`, its `messages` are those that came after the
+parent's answer, and `kept_ids` counts ids of the parent's turn. So a growing conversation that is
+stored exchange by exchange takes space in proportion to its length. What such an exchange read is
+known only together with its parents; `oel_jax.data.conversations` puts them together.
 
 A trajectory has either an `id`, or `game` and `seed`; a game has also `round`, `outcome`, and per
 turn `action` and `observation`. Ids are there where our own sampler answered: `prompt_ids` and
@@ -56,6 +70,7 @@ from oel_jax.data.messages import Context, Dialogue, Message, answer_message, la
 
 SCHEMA = "oel.trajectory/2"
 PURPOSES = ("extract", "deploy", "demonstrate")
+FINISHES = ("stop", "length", "tool_calls", "cancelled")
 
 
 def _ids(values: Iterable[Any] | None) -> tuple[int, ...] | None:
@@ -81,6 +96,11 @@ class Turn:
     feedback: str | None = None
     action: str | None = None
     observation: str | None = None
+    id: str | None = None
+    policy: str | None = None
+    time: str | None = None
+    sampling: Mapping[str, Any] | None = None
+    finish: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
@@ -125,6 +145,9 @@ class Trajectory:
     context: Context | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     outcome: str | None = None
+    parent: str | None = None
+    conversation: str | None = None
+    user: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", tuple(self.turns))
@@ -144,7 +167,15 @@ class Trajectory:
         return (self.game, self.seed, self.policy, self.round, self.purpose, self.chain)
 
     def points(self, episode: int = 0) -> Iterator[DecisionPoint]:
-        """The whole messages and prompt ids of each turn, in order."""
+        """The whole messages and prompt ids of each turn, in order.
+
+        Raises ValueError for an exchange that continues another: only part of its messages is here.
+        """
+        if self.parent is not None:
+            raise ValueError(
+                f"the exchange {self.id!r} continues {self.parent!r}, whose messages are not here; "
+                "read both with oel_jax.data.conversations"
+            )
         messages: tuple[Message, ...] = ()
         ids: tuple[int, ...] = ()  # of the turn before, response included
         wrapper = self.wrapper or ""
@@ -212,7 +243,8 @@ class Transcript:
             response: what it answered.
             prompt_ids: all ids that the model read.
             response_ids: the sampled ids.
-            facts: `answer`, `feedback`, `action`, `observation`.
+            facts: `answer`, `feedback`, `action`, `observation`, `id`, `policy`, `time`,
+                `sampling`, `finish`.
         """
         messages, prompt, kept = tuple(messages), _ids(prompt_ids), 0
         before = len(self._messages)

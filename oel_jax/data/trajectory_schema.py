@@ -1,5 +1,6 @@
 """One line of a trajectory file: checked to the letter, from bytes and to bytes."""
 
+import datetime
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 from oel_jax.data import schema_1
 from oel_jax.data.line_files import BadLine, NotJSON
 from oel_jax.data.messages import PLACES, ROLES, Context
-from oel_jax.data.trajectories import PURPOSES, SCHEMA, Trajectory, Turn
+from oel_jax.data.trajectories import FINISHES, PURPOSES, SCHEMA, Trajectory, Turn
 
 _MAX_ID = 2**31
 _MAX_SEED = 2**63
@@ -115,10 +116,41 @@ def _check_message(message: Any, where: str) -> None:
         _check_plain(call, place)
 
 
-def _check_turn(turn: Any, where: str, t: int, before: int, is_game: bool) -> int:
+def _check_time(value: Any, where: str) -> None:
+    _check_text(value, where)
+    try:
+        offset = datetime.datetime.fromisoformat(value).utcoffset()
+    except ValueError:
+        offset = None
+    if offset != datetime.timedelta(0):
+        raise NotATrajectory(
+            f"{where} must be a time in UTC such as '2026-01-31T12:00:00Z', got {_show(value)}"
+        )
+
+
+def _check_exchange(turn: Mapping[str, Any], where: str) -> None:
+    """The facts of a turn that a server records."""
+    for key in ("id", "policy"):
+        if key in turn:
+            _check_text(turn[key], f"{where}.{key}", empty=False)
+    if "time" in turn:
+        _check_time(turn["time"], f"{where}.time")
+    if "sampling" in turn:
+        if not isinstance(turn["sampling"], Mapping):
+            raise NotATrajectory(
+                f"{where}.sampling must be a JSON object, got {_show(turn['sampling'])}"
+            )
+        _check_plain(turn["sampling"], f"{where}.sampling")
+    if "finish" in turn and turn["finish"] not in FINISHES:
+        raise NotATrajectory(
+            f"{where}.finish must be one of {', '.join(FINISHES)}, got {_show(turn['finish'])}"
+        )
+
+
+def _check_turn(turn: Any, where: str, t: int, before: int | None, is_game: bool) -> int:
     """Checks turn number `t`; returns how many ids it holds, prompt and response.
 
-    `before`: how many ids the turn before holds.
+    `before`: how many ids the turn before holds; None: it is in another line.
     """
     _check_keys(turn, ("messages", "response"), _TURN_OPTIONAL, where)
     _check_list(turn["messages"], f"{where}.messages", "message")
@@ -133,8 +165,9 @@ def _check_turn(turn: Any, where: str, t: int, before: int, is_game: bool) -> in
     continues = turn.get("continues", False)
     if type(continues) is not bool:
         raise NotATrajectory(f"{where}.continues must be true or false, got {_show(continues)}")
-    if continues and not t:
+    if continues and not t and before is not None:
         raise NotATrajectory(f"{where} continues a turn, but it is the first")
+    _check_exchange(turn, where)
     if "answer" in turn:
         _check_message(turn["answer"], f"{where}.answer")
         if turn["answer"]["role"] != "assistant":
@@ -142,7 +175,8 @@ def _check_turn(turn: Any, where: str, t: int, before: int, is_game: bool) -> in
     if ("prompt_ids" in turn) != ("response_ids" in turn):
         raise NotATrajectory(f"{where} must have both prompt_ids and response_ids, or neither")
     kept = turn.get("kept_ids", 0)
-    most = before + 1 if continues and "prompt_ids" in turn else 1
+    most = (_MAX_ID if before is None else before + 1) if continues else 1
+    most = most if "prompt_ids" in turn else 1
     _check_int(kept, f"{where}.kept_ids", 0, most)
     if "prompt_ids" not in turn:
         return 0
@@ -171,7 +205,7 @@ def check_record(record: Any) -> None:
         raise NotATrajectory(
             f"purpose must be one of {', '.join(PURPOSES)}, got {_show(record['purpose'])}"
         )
-    for key in ("game", "id", "wrapper"):
+    for key in ("game", "id", "wrapper", "parent", "conversation", "user"):
         if key in record:
             _check_text(record[key], key, empty=False)
     for key, low, high in (("seed", 0, _MAX_SEED), ("round", 1, _MAX_ID), ("chain", 0, _MAX_ID)):
@@ -204,9 +238,21 @@ def check_record(record: Any) -> None:
                 raise NotATrajectory(f"tools[{i}] must be a JSON object, got {_show(tool)}")
             _check_plain(tool, f"tools[{i}]")
     _check_list(record["turns"], "turns", "turn")
-    held = 0
+    held = None if _check_parent(record) else 0
     for t, turn in enumerate(record["turns"]):
         held = _check_turn(turn, f"turns[{t}]", t, held, is_game)
+
+
+def _check_parent(record: Mapping[str, Any]) -> bool:
+    """Whether the line continues another."""
+    if "parent" not in record:
+        return False
+    first = record["turns"][0]
+    if "id" not in record or not isinstance(first, Mapping) or first.get("continues") is not True:
+        raise NotATrajectory("a line with a parent must have an id, and its first turn continues")
+    if record["parent"] == record["id"]:
+        raise NotATrajectory("the line is its own parent")
+    return True
 
 
 def _show(value: Any) -> str:
@@ -262,10 +308,10 @@ def decode(line: bytes) -> Trajectory:
 
 def encode(trajectory: Trajectory) -> bytes:
     """The line of a trajectory, with its newline. Raises ValueError if it breaks the schema."""
-    record: dict[str, Any] = {"schema": SCHEMA, **_present(trajectory)}
+    record: dict[str, Any] = {"schema": SCHEMA, **present(trajectory)}
     if trajectory.context is not None:
         record["context"] = vars(trajectory.context)
-    record["turns"] = [_present(turn) for turn in trajectory.turns]
+    record["turns"] = [present(turn) for turn in trajectory.turns]
     try:
         check_record(record)
     except NotATrajectory as error:
@@ -274,7 +320,7 @@ def encode(trajectory: Trajectory) -> bytes:
     return text.encode("utf-8") + b"\n"
 
 
-def _present(value: Trajectory | Turn) -> dict[str, Any]:
+def present(value: Trajectory | Turn) -> dict[str, Any]:
     """The fields that are not left out."""
     defaults = {f.name: f.default for f in fields(value)}
     return {name: item for name, item in vars(value).items() if item != defaults[name]}

@@ -16,6 +16,8 @@
         policy_step_005/ ..   the same after these optimizer steps, if `evaluate.steps` asks
         evaluate/     consolidated.json, in_context.json, ..., and *.samples.json: some games
       evaluate/start.json   the starting model
+      conversations/  exchanges_0000.jsonl .., feedback_0000.jsonl ..: what users and policies said
+                    to each other, see `oel_jax.data.conversations`; grows while a server runs
       tensorboard/  metrics.jsonl  summary.json  report.html
 
 A stage is finished when the manifest says so and its files are there with the recorded sizes. Every
@@ -152,6 +154,11 @@ class Workdir:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def conversations(self) -> Path:
+        """The store of conversations, see `oel_jax.data.conversations`."""
+        return self.root / "conversations"
 
     @property
     def start_evaluation(self) -> Path:
