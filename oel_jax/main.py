@@ -1,7 +1,7 @@
 """Run OEL: `python -m oel_jax.main --config=configs/nano_frozen_lake.py --workdir=runs/nano`.
 
 Single fields are overridden with `--config.rounds=2`; `--stages=deploy,extract` limits what is
-done. The same command goes on where the last one stopped. On several hosts each runs this command
+done. The same command resumes where the last one stopped. On several hosts each runs this command
 with a workdir that all of them see (launch/README.md).
 
 Exit status: 0 finished; 2 a mistake that can be mended, or a stage that needs another one first; 75
@@ -39,7 +39,7 @@ flags.DEFINE_string("game_module", None, "Python file with a game of your own.")
 flags.DEFINE_bool("print_config", False, "Print the whole config and run nothing.")
 flags.DEFINE_list("stages", list(NAMES), "Stages to do, in any subset.")
 flags.DEFINE_bool(
-    "allow_config_change", False, "Go on in an old workdir although the config has changed."
+    "allow_config_change", False, "Resume an old workdir although the config has changed."
 )
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes.")
 flags.DEFINE_integer("processes", None, "Number of processes.")
@@ -57,7 +57,7 @@ def _run_together(config: ml_collections.ConfigDict) -> None:
     f = _FLAGS
     cluster = processes.find_cluster(f.coordinator, f.processes, f.process_id)
     processes.join(cluster, f.join_timeout)
-    preemption.listen()  # again: JAX takes SIGTERM for itself when processes meet
+    preemption.listen()  # again: JAX sets its own SIGTERM handler when processes meet
     all_devices()  # a driver that does not work is named before anything asks for it
     processes.quiet()
     others = processes.StopTogether(paths.local(f.workdir, "--workdir"))
@@ -77,7 +77,7 @@ def _run_together(config: ml_collections.ConfigDict) -> None:
         others.tell(message, status)
         if processes.count() > 1:
             print(message, file=sys.stderr, flush=True)
-            os._exit(status)  # JAX's own end would wait for processes that are gone
+            os._exit(status)  # JAX's own exit would wait for processes that have ended
         raise
 
 
