@@ -1,0 +1,1 @@
+"""Logs of conversations: read in the common formats, redacted, imported, forgotten."""
