@@ -34,7 +34,7 @@ from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, Shape, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
-from oel_jax.learner.memory import used
+from oel_jax.learner.memory import peak_memory
 from oel_jax.models.decoder import KeyValues, Prefix, forward
 from oel_jax.models.language_model import LanguageModel, load_model
 from oel_jax.models.lengths import padded_length
@@ -348,7 +348,7 @@ def main() -> int:
         share = f"{needed[name] / min(some) / peak:.0%}"
         rows.append([name, f"{min(some):.2f}", f"{tokens / min(some):.0f}", share])
     print(f"needed: {needed['our step'] / 1e12:.2f} TFLOP a step, at {peak / 1e9:.0f} GFLOP/s")
-    print(f"compiling took {compiled:.1f} s; {used()}")
+    print(f"compiling took {compiled:.1f} s; {peak_memory()}")
     measured = {"seconds": seconds, "encoding_seconds": encoding, "compile_seconds": compiled}
     measured |= {"needed_flops": needed["our step"], "measured_flops_per_second": peak}
     losses = (ours.loss, sides["torch step"].loss) if "torch step" in sides else None

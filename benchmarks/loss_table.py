@@ -26,7 +26,7 @@ from oel_jax.config.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.config.defaults import default
 from oel_jax.distill.reference import exact
 from oel_jax.distill.topk_kl import KLConfig, fused_topk_kl
-from oel_jax.learner.consolidate import loss_settings
+from oel_jax.learner.settings import loss_settings
 from oel_jax.runs.metrics import table as printed
 
 VOCABULARY, TOP_K = 96, 5

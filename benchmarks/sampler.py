@@ -20,7 +20,7 @@ from benchmarks.bounds import head_flops, parameters, position_bytes, rates, tok
 from benchmarks.models import SHAPES, random_model
 from benchmarks.side_by_side import Bar, finish, race, ratio, spread
 from oel_jax.base.errors import UserError
-from oel_jax.learner.memory import used
+from oel_jax.learner.memory import peak_memory
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.language_model import DTYPES, LanguageModel, load_model
 from oel_jax.runs.profiling import compile_seconds
@@ -194,7 +194,7 @@ def main() -> int:
     encoded = sides["ours"].sampler.encoded / (options.repeats + 1)
     whole = sum(length(options.knowledge, t) for t in range(options.turns)) * options.games
     print(f"prompt tokens encoded by ours: {encoded:.0f} of {whole} ({encoded / whole:.1%})")
-    print(f"bound: {least:.2f} s; compiling took {compiled:.1f} s; {used()}")
+    print(f"bound: {least:.2f} s; compiling took {compiled:.1f} s; {peak_memory()}")
     if "transformers" in seconds:
         found = ratio(seconds["transformers"], seconds["ours"])
         print(f"transformers / ours, per generated token: {spread(found)}")

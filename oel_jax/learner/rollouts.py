@@ -7,7 +7,7 @@ same answers after its own prompt, which has the context that was drawn. Nothing
 game.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -67,6 +67,7 @@ def student_samples(
     teacher: Teacher,
     beginning: tuple[int, ...],
     sampler: Sampler,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[list[Sample], int]:
     """The student's answers at all decision points; and how many stopped by themselves.
 
@@ -75,6 +76,7 @@ def student_samples(
     Args:
       weights: the student's, as the sampler reads them.
       beginning: `common_beginning` of the first step.
+      meanwhile: called now and then while the device samples, first when its work is dispatched.
     """
     games = [stored.trajectory for stored in episodes]
     points = _drop_remainder(config, decision_points(games))
@@ -91,7 +93,7 @@ def student_samples(
         for index, point in enumerate(points)
     ]
     sampler.forget()  # the weights have changed
-    answers = _all_answers(_own_answers(sampler, weights, processes.share(requests)))
+    answers = _all_answers(_own_answers(sampler, weights, processes.share(requests), meanwhile))
     drawn = draw_texts(step.round, step.number, len(points), len(teacher.contexts))
     own = own_contexts(config, games, teacher.model.tokenizer)
     samples = []
@@ -119,11 +121,16 @@ def _drop_remainder(
 
 
 def _own_answers(
-    sampler: Sampler, weights: Any, requests: Sequence[Request]
+    sampler: Sampler, weights: Any, requests: Sequence[Request], meanwhile: Callable[[], object]
 ) -> list[Completion] | None:
     """This process's answers; None if it was told to stop."""
+
+    def safe_place() -> None:
+        meanwhile()
+        preemption.stop_if_noticed()
+
     try:
-        return sampler.generate(weights, requests, preemption.stop_if_noticed)
+        return sampler.generate(weights, requests, safe_place)
     except preemption.Preempted:
         return None
 

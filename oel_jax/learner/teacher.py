@@ -1,7 +1,9 @@
 """The frozen teacher: its prompts, and their shared beginnings, encoded once per round."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
@@ -11,6 +13,7 @@ from oel_jax.models.decoder import KeyValues, Params
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import common_prefix, padded_length, shared_start
 from oel_jax.models.shared_prefix import encode_prefix
+from oel_jax.parallel.offload import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ class Teacher:
     `prepare` encodes the beginning of the prompts with each shared context, once for the whole
     round. A prompt that happens to share only a part of it uses that part, so caching never changes
     a result.
+
+    Attributes:
+      model: a record of its own, so that where its weights are is no business of others.
+      contexts: the shared ones, by their number.
     """
 
     def __init__(
         self, model: LanguageModel, contexts: Sequence[Context], *, thinking: bool, block: int = 256
     ):
-        self.model, self.contexts = model, list(contexts)
+        self.model, self.contexts = copy(model), list(contexts)
         self._thinking, self._block = thinking, block
         self._prefixes: dict[int, KnowledgePrefix] = {}
 
@@ -85,13 +92,22 @@ class Teacher:
             ids = shared_start([self.prompt(number, *pair) for pair in pairs])
             self._prefixes[number] = KnowledgePrefix(ids, self._encode(self.model.params, ids))
 
-    def read_by(self, params: Params, text: int) -> KeyValues:
+    def encode_with(self, params: Params, text: int) -> KeyValues:
         """The prefix of a text as other weights of the same shape encode it."""
         return self._encode(params, self._prefixes[text].ids)
 
+    @contextmanager
+    def in_host_memory(self) -> Iterator[None]:
+        """Within it the weights are in host memory and nothing is read; after it they are back."""
+        self.model.params = to_host(self.model.params)
+        try:
+            yield
+        finally:
+            self.model.params = to_device(self.model.params)
+
     def refresh(self, params: Params) -> None:
         """Take other weights; what is encoded is encoded again."""
-        self.model = replace(self.model, params=params)
+        self.model.params = params
         for text, old in self._prefixes.items():
             self._prefixes[text] = KnowledgePrefix(old.ids, self._encode(params, old.ids))
 

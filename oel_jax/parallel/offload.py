@@ -47,6 +47,13 @@ def to_device(tree: Any) -> Any:
     return _put(tree, "device")
 
 
+def delete_on_host(tree: Any) -> None:
+    """Free what of these arrays is in host memory, whoever holds them; nobody may read it again."""
+    for leaf in jax.tree.leaves(tree):
+        if not leaf.is_deleted() and leaf.sharding.memory_kind == HOST:
+            leaf.delete()
+
+
 def _put(tree: Any, kind: str) -> Any:
     def put(leaf: jax.Array) -> jax.Array:
         if leaf.sharding.memory_kind == kind:

@@ -19,7 +19,7 @@ from oel_jax.distill.lora import Lora, abstract_adapter, adapter_shardings
 from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import MicroBatch, Shape, View
 from oel_jax.distill.step import accumulate, cast, sensitivity, update
-from oel_jax.learner.consolidate import static_settings
+from oel_jax.learner.settings import step_settings
 from oel_jax.models.cache_storage import platform_of, stored_dtype
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues, abstract_params, param_shardings
@@ -225,7 +225,7 @@ def living(arrays: Arrays) -> dict[str, dict[str, int]]:
         copies += device_bytes(a.answering()) if elsewhere else 0
         answering["student's copy"] = copies
     stages["rollouts"] = answering
-    if static_settings(a.config, a.cfg).own_view:
+    if step_settings(a.config, a.cfg).own_view:
         step["student's copy"] = a.copy
         step["knowledge, the student's view"] = device_bytes(a.knowledge())
     stages["update"] = step
@@ -317,7 +317,7 @@ def _training(a: Arrays) -> Iterator[Program]:
             masters,
             lambda: cast.lower(a.masters, a.dtype),
         )
-    step, text = static_settings(config, a.cfg), a.knowledge()
+    step, text = step_settings(config, a.cfg), a.knowledge()
     own = text if step.own_view else None
     both = masters | {"teacher": a.teacher, "knowledge": (text, own)}
     for name, shape in (("micro-batch", a.work.widest), ("micro-batch, usual", a.work.usual)):

@@ -41,6 +41,11 @@ class StepTrace:
     def __init__(self, profile: str | None, directory: Path):
         self._steps, self._directory, self._running = traced_steps(profile), directory, False
 
+    @property
+    def running(self) -> bool:
+        """Whether the step under way is traced."""
+        return self._running
+
     def before(self, step: int) -> None:
         """Step number `step` is about to begin."""
         if step in self._steps and not self._running:

@@ -28,8 +28,10 @@ from oel_jax.distill.lora import (
     merged_layer,
     save_adapter,
 )
+from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, zeros_like
+from oel_jax.learner.student import begin, round_checkpoints
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models import bundled
 from oel_jax.models.decoder import ADAPTABLE, KeyValues, abstract_params
@@ -336,10 +338,10 @@ def test_the_policy_is_the_start_with_the_adapter_merged(lora_stage):
 
 def test_the_next_round_starts_from_the_merged_policy_with_a_fresh_adapter(lora_stage):
     with opened(lora_stage, tiny_config(**FIELDS, rounds=2), change=True) as run:
-        with module._checkpoints(run.config, run.workdir, 2) as checkpoints:
-            tx = module.make_optimizer(run.config.consolidate)
+        with round_checkpoints(run.config, run.workdir, 2) as checkpoints:
+            tx = make_optimizer(run.config.consolidate)
             with jax.set_mesh(run.mesh):
-                student = module._start(run, 2, tx, checkpoints)
+                student = begin(run, 2, tx, checkpoints)
         assert policy_directory(run.config, run.workdir, 2) == lora_stage / "round_001" / "policy"
         assert all(not np.asarray(sides["b"]).any() for sides in student.params.values())
         first = fresh_adapter(

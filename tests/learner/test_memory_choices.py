@@ -56,7 +56,7 @@ def kinds(monkeypatch):
         return step(this, student)
 
     def watched(config, number, episodes, weights, teacher, *rest):
-        trees = (current["student"].state, current["student"].params, teacher.model.params)
+        trees = (current["student"].optimizer, current["student"].params, teacher.model.params)
         kind = [{leaf.sharding.memory_kind for leaf in jax.tree.leaves(t)} for t in trees]
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(weights)} == {"device"}
         seen.append([one.pop() if len(one) == 1 else one for one in kind])

@@ -57,7 +57,7 @@ def step_of(mesh, samples, student, teacher, step: StepConfig):
         gradients, loss, kept = zeros_like(student.params), 0.0, 0.0
         for text, rows in batches:
             batch = put_batch(mesh, fill(samples, weights, rows, shape))
-            own = teacher.read_by(student.params, text) if step.own_view else None
+            own = teacher.encode_with(student.params, text) if step.own_view else None
             cache = teacher.prefix(text).cache
             gradients, sums = accumulate(
                 gradients, student.params, teacher.model.params, cache, batch, own, step=step
@@ -145,7 +145,7 @@ def test_retention_with_knowledge_has_the_gradient_of_what_follows_the_prefix(fe
     text, rows = batches[0]
     chosen = [i for row in rows for i in row]
     batch = put_batch(mesh, fill(samples, [1.0 / len(chosen)] * len(samples), rows, shape))
-    own, cache = teacher.read_by(student.params, text), teacher.prefix(text).cache
+    own, cache = teacher.encode_with(student.params, text), teacher.prefix(text).cache
     keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(student.params))))
     direction = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), student.params)
 

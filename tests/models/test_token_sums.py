@@ -18,7 +18,7 @@ from oel_jax.config.defaults import default
 from oel_jax.distill.packing import Shape
 from oel_jax.distill.step import accumulate
 from oel_jax.distill.topk_kl import KLConfig, fused_topk_kl
-from oel_jax.learner.consolidate import static_settings
+from oel_jax.learner.settings import step_settings
 from oel_jax.models import decoder, weighted
 from oel_jax.models.config import ModelConfig
 from oel_jax.parallel import vocabulary
@@ -213,7 +213,7 @@ def traced(kind, mesh, tokens):
     work = Workload(slots, slots, None, 64, 1, shape, shape, 1, 1.0)
     with jax.set_mesh(mesh):
         a = Arrays(config, cfg, Layout(mesh, mesh, 1), work)
-        text, step = a.knowledge(), static_settings(config, cfg)
+        text, step = a.knowledge(), step_settings(config, cfg)
         inputs = (a.masters, a.masters, a.teacher, text, a.micro_batch(shape), text)
         return accumulate.trace(*inputs, step=step)
 

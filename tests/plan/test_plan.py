@@ -79,7 +79,7 @@ def test_bytes_by_class_are_those_of_a_real_run(finished_run, tmp_path, monkeypa
     config = tiny_run.tiny_config(lora__rank=rank, consolidate__steps=1, evaluate__steps=())
     work = tiny_run.copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
     seen = {}
-    original = consolidate._held
+    original = consolidate.held_bytes
 
     def spy(*given):
         (teacher,) = (one for one in given if isinstance(one, Teacher))
@@ -88,7 +88,7 @@ def test_bytes_by_class_are_those_of_a_real_run(finished_run, tmp_path, monkeypa
         seen.update(widths=widths, header=sampler.config.longest_prefix, held=original(*given))
         return seen["held"]
 
-    monkeypatch.setattr(consolidate, "_held", spy)
+    monkeypatch.setattr(consolidate, "held_bytes", spy)
     with tiny_run.opened(work, config, change=True) as run:
         consolidate.consolidate(run, 1)
         cfg = ModelConfig.from_directory(start_directory(run.config))

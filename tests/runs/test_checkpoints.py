@@ -14,7 +14,6 @@ from oel_jax.base import preemption
 from oel_jax.base.errors import UserError
 from oel_jax.learner import consolidate as stage
 from oel_jax.learner import rollouts
-from oel_jax.learner.memory import Accumulator
 from oel_jax.parallel.mesh import make_mesh, spec
 from oel_jax.runs import checkpoints
 from oel_jax.runs.checkpoints import RoundCheckpoints
@@ -132,7 +131,7 @@ def noticed_in(monkeypatch, owner, name, call):
 # Where the notice of the second step comes, and the step that is then on disk.
 PLACES = {
     "rollouts": (rollouts, "_own_answers", 2, "1"),
-    "micro-batches": (Accumulator, "__call__", 0, "1"),
+    "micro-batches": (stage, "_program", 0, "1"),
     "update": (stage, "update", 2, "2"),
 }
 
