@@ -22,6 +22,9 @@ class SamplerConfig:
       overlap: `poll` returns the answers of the call before while the device decodes on.
       draft: tokens drafted from a slot's own text and verified in each pass; 0: none.
       stops: ids that can end one response, at most.
+      follow: `Sampler.progress` has the tokens that running requests got in the last dispatch.
+      seconds: a dispatch takes about so long at most; fewer tokens are decoded in one where it
+        would take longer.
     """
 
     slots: int
@@ -37,6 +40,8 @@ class SamplerConfig:
     overlap: bool = False
     draft: int = 0
     stops: int = 8
+    follow: bool = False
+    seconds: float = 5.0
 
     def check(self, fsdp: int) -> None:
         """Whether it fits a mesh with so many devices along 'fsdp'.

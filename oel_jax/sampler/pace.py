@@ -14,9 +14,8 @@ class Pace:
       steps: tokens to decode in the next dispatch.
     """
 
-    SECONDS = 5.0
-
-    def __init__(self, most_steps: int):
+    def __init__(self, most_steps: int, seconds: float = 5.0):
+        self._seconds = seconds
         self.steps = self._most_steps = most_steps
         self._most_tokens, self._queued = 1, 0  # prompt tokens, padding counted
         self._began = self._started = self._encode_began = monotonic()
@@ -33,9 +32,9 @@ class Pace:
         """It has ended; `waited`: the host had to wait for that."""
         # An answer that was there before the host asked has not taken longer than the host knows.
         seconds = (monotonic() if waited else self._started) - self._began
-        if seconds > self.SECONDS:
-            self.steps = max(1, int(self.steps * self.SECONDS / seconds))
-        elif seconds < self.SECONDS / 3:
+        if seconds > self._seconds:
+            self.steps = max(1, int(self.steps * self._seconds / seconds))
+        elif seconds < self._seconds / 3:
             self.steps = min(self._most_steps, 2 * self.steps)
         self._queued = 0
 
@@ -52,5 +51,5 @@ class Pace:
     def encoded(self) -> None:
         """All of them are done."""
         seconds = max(monotonic() - self._encode_began, 1e-3)
-        self._most_tokens = max(1, int(self._queued * self.SECONDS / seconds))
+        self._most_tokens = max(1, int(self._queued * self._seconds / seconds))
         self._queued = 0

@@ -90,3 +90,17 @@ class Completion:
     ids: list[int]
     log_probs: np.ndarray
     stopped: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one dispatch added to the response of a request that runs or has just finished.
+
+    Attributes:
+      ids: the new ids, at least one.
+      log_probs: float32 [len(ids)], as those of a `Completion`.
+    """
+
+    tag: Any
+    ids: list[int]
+    log_probs: np.ndarray

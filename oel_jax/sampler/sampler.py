@@ -15,10 +15,18 @@ from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.decode import decode
 from oel_jax.sampler.pace import Pace
 from oel_jax.sampler.prefill import Piece, extend
-from oel_jax.sampler.requests import Completion, Request, RequestError, Sampling
+from oel_jax.sampler.requests import Completion, Progress, Request, RequestError, Sampling
 from oel_jax.sampler.sampling import RowSampling
 from oel_jax.sampler.scheduler import Entry, PromptPiece, Rows, Scheduler
-from oel_jax.sampler.slots import Admission, admit, copy_slots, empty_state, put_prefix
+from oel_jax.sampler.slots import (
+    Admission,
+    admit,
+    copy_slots,
+    empty_state,
+    put_prefix,
+    read_responses,
+    release,
+)
 
 MOST_WIDTHS = 8  # numbers of candidates that decoding is compiled for at once, see `_widths`
 
@@ -67,7 +75,8 @@ class Sampler:
         self.sampling.check()
         self._recent_widths = [self._width(self.sampling)]
         self._in_flight = False
-        self._pace = Pace(config.decode_steps)
+        self._pace = Pace(config.decode_steps, config.seconds)
+        self.progress: list[Progress] = []  # of the last `poll`, with `config.follow`
         self._safe_place: Callable[[], None] = lambda: None
         self._schedule = Scheduler(
             slots=config.slots,
@@ -101,12 +110,13 @@ class Sampler:
             sampling settings that make no sense.
         """
         for request in requests:
-            self._check(request)
+            self.check(request)
             self._schedule.pending.append(request)
 
     def poll(self, params: Params) -> list[Completion]:
         """Fill free slots, decode once, return the completions (possibly none)."""
         overlap = self.config.overlap
+        self.progress = []
         with jax.set_mesh(self.mesh):
             done = self._wait() if overlap and self._in_flight else []
             if self._schedule.pending:
@@ -118,6 +128,18 @@ class Sampler:
                 self._state = self._decode(params, running)
                 self._pace.started()
             return done if overlap or not running else self._wait()
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Give up these very requests (the objects that were submitted), pending or running.
+
+        Their slots are free at once. What has finished, or is not known, is left alone.
+        """
+        freed = self._schedule.withdraw(requests)
+        if freed:
+            with jax.set_mesh(self.mesh):
+                marks = np.zeros(self.config.slots, bool)
+                marks[freed] = True
+                self._state = release(self._state, put_batch(self.mesh, marks))
 
     def generate(
         self,
@@ -147,13 +169,18 @@ class Sampler:
         proposed, accepted = jax.device_get(self._state.drafts).tolist()
         return proposed, accepted
 
+    def drop(self) -> None:
+        """Let go of the caches: the sampler is of no further use."""
+        self._state = None
+
     def forget(self) -> None:
         """Drop everything kept for reuse: call it when the parameters have changed."""
         self._schedule.forget()
 
     # --- what a request asks for
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises RequestError as `submit` does; queues nothing."""
         most = self.config.response
         if not request.prompt:
             raise RequestError("an empty prompt cannot be sampled from: give at least one token")
@@ -298,6 +325,8 @@ class Sampler:
         done, count = jax.device_get((self._state.done, self._state.count))
         running = self._schedule.running()
         self.written = self.generated + int(count[running].sum())
+        if self.config.follow:
+            self.progress = self._news(running, count)
         finished = [i for i in running if done[i]]
         if not finished:
             return []
@@ -317,3 +346,20 @@ class Sampler:
             )
             self.generated += length
         return completions
+
+    def _news(self, running: Sequence[int], count: np.ndarray) -> list[Progress]:
+        """What the last dispatch added to the responses of these slots."""
+        slots, most = self._schedule.slots, self.config.response
+        width = min(most, self.config.decode_steps * (1 + self.config.draft))
+        first = np.array([min(len(slot.response), most - width) for slot in slots], np.int32)
+        read = read_responses(self._state, put_batch(self.mesh, first), width=width)
+        ids, log_probs = jax.device_get(read)
+        news = []
+        for index in running:
+            slot = slots[index]
+            new = slice(len(slot.response) - first[index], count[index] - first[index])
+            found = ids[index, new].tolist()
+            if found:
+                slot.response += found
+                news.append(Progress(slot.running.tag, found, log_probs[index, new].copy()))
+        return news

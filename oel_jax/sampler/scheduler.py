@@ -7,7 +7,7 @@ to start) as plain numbers; `sampler.py` makes arrays of them and dispatches.
 
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -24,12 +24,14 @@ class Slot:
       session: whose last prompt and response it holds.
       ids: what its cache holds, after the shared part.
       shared: how much of the prefix its session reads.
+      response: what the host knows of the response that is under way.
     """
 
     running: Request | None = None
     session: Hashable = None
     ids: Sequence[int] = ()
     shared: int = 0
+    response: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,15 @@ class Scheduler:
         # The last sampled token was never read, so its keys and values are not in the cache.
         slot.ids = [*slot.ids, *response[:-1]]
         return request
+
+    def withdraw(self, requests: Sequence[Request]) -> list[int]:
+        """Forget these very requests, pending or running; returns the slots that they free."""
+        unwanted = {id(request) for request in requests}
+        self.pending = deque(r for r in self.pending if id(r) not in unwanted)
+        freed = [i for i in self.running() if id(self.slots[i].running) in unwanted]
+        for index in freed:
+            self.finish(index, self.slots[index].response)
+        return freed
 
     # --- who enters which slot
 

@@ -187,6 +187,30 @@ def admit(state: SlotState, new: Admission) -> SlotState:
     return replace(state, ids=ids, **started)
 
 
+@partial(jax.jit, donate_argnames=("state",))
+def release(state: SlotState, slots: Bool[Array, " B"]) -> SlotState:
+    """Stop decoding in the marked slots; `state` is donated."""
+    return replace(state, done=state.done | slots)
+
+
+@partial(jax.jit, static_argnames=("width",))
+def read_responses(
+    state: SlotState, first: Int[Array, " B"], *, width: int
+) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
+    """Generated ids first .. first + width of each slot, and their log-probabilities.
+
+    Where `first` is within `width` of the end of the responses, the window begins earlier.
+    """
+
+    def window(side: Array, first: Array) -> Array:
+        cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, width))
+        return cut(side, first)
+
+    rows, wide = spec("batch"), spec("batch", None)
+    read = per_device(window, (wide, rows), wide)
+    return read(state.response, first), read(state.log_prob, first)
+
+
 def _copy_row(row: Array, source: Array, target: Array, width: int, leaf: Array) -> Array:
     """[:, source[row], :width] to target[row], which may be outside: then nothing changes."""
     rest = [0] * (leaf.ndim - 3)

@@ -1,0 +1,1 @@
+"""`oel serve`: a policy behind the API that clients speak."""
