@@ -52,7 +52,7 @@ class Tools:
             env={**outer, "PATH": path, **env},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
         )
 
 

@@ -18,6 +18,7 @@ import pytest
 
 TIERS = ("aot", "e2e", "lm_eval", "mesh", "nano", "notebook", "processes", "signals", "slow")
 LIMIT = 20.0
+HANG = 1800.0  # seconds after which a process is taken to hang; no test measures time by it
 judged = True  # conftest.py says no while the compile cache is nearly empty
 
 _SPENT = "processor_seconds"

@@ -12,6 +12,7 @@ STUCK = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 CHILD = """
 import hashlib, signal, sys, time
 from oel_jax.base import preemption
+from tiers import HANG
 {before}
 preemption.listen()
 def up():
@@ -42,7 +43,7 @@ def started(code):
 
 
 def ended(process):
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=HANG)
     return process.returncode, out, errors
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from tiers import HANG
 from tiny_run import NANO_CONFIG
 
 import oel_jax
@@ -59,7 +60,7 @@ def test_a_wrong_file_is_one_message_everywhere(tmp_path, text, capsys):
     # which is set in what the file returned.
     flags = [f"--config={file}", f"--workdir={tmp_path / 'W'}", "--config.rounds=2"]
     command = [sys.executable, "-m", "oel_jax.main", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stdout) == (2, "")
     if "return {}" not in text:  # ml_collections then finds another thing to complain of first
         assert done.stderr == f"error: {message}\n"

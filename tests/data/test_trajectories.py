@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import HANG
 
 from oel_jax.base.errors import UserError
 from oel_jax.data import trajectory_files
@@ -511,7 +512,7 @@ def run_python(code, *arguments):
     program = "from tests.data.test_trajectories import *\n" + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
 
 

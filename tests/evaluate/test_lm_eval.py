@@ -23,6 +23,7 @@ for package in ("lm_eval", "langdetect", "immutabledict", "nltk"):
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tiers import HANG
 
 from oel_jax import evaluate as harness
 from oel_jax.base.errors import UserError
@@ -744,7 +745,7 @@ def test_all_541_prompts_without_network_or_torch(finished_run, tmp_path, ifeval
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert "exit 0 False" in done.stdout, done.stdout + done.stderr
     assert "541 answers hit" in done.stdout or "answers hit --max_gen_toks" in done.stdout

@@ -19,6 +19,7 @@ def start(log, *command, **more):
 
 SAVES = """
 import signal, sys, time
+from tiers import HANG
 signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 print("ready")
@@ -39,7 +40,7 @@ def test_a_signal_reaches_the_command_once_and_its_end_is_waited_for(number, tmp
     assert [process.stdout.readline() for _ in range(2)] == ["saving\n", "once\n"]
     process.send_signal(number)  # some send it twice; it still waits
     rest = process.stdout.read()
-    assert process.wait(60) == 75
+    assert process.wait(HANG) == 75
     assert rest == f"more {number.name}\nsaved \n"
     assert log.read_text().startswith("--- ")
     assert log.read_text().endswith(f"ready\nsaving\nonce\n{rest}")
@@ -55,7 +56,7 @@ def test_a_signal_before_the_command_starts_ends_it_and_none_is_started(number, 
         os.kill(os.getpid(), number)
 
     process = start(log, "touch", mark, preexec_fn=blocked_and_sent)
-    assert process.wait(60) == 128 + number
+    assert process.wait(HANG) == 128 + number
     assert not mark.exists()
 
 
@@ -66,7 +67,7 @@ def test_a_signal_at_any_instant_of_the_start_is_told_or_ends_it(delay, tmp_path
     for _ in range(delay * 20_000):  # instants from before Python runs to after the command does
         pass
     process.send_signal(signal.SIGTERM)
-    status = process.wait(60)
+    status = process.wait(HANG)
     assert status in (128 + signal.SIGTERM, -signal.SIGTERM)
     if status < 0:  # by itself, so the command was never started
         assert process.stdout.read() == ""
@@ -74,7 +75,7 @@ def test_a_signal_at_any_instant_of_the_start_is_told_or_ends_it(delay, tmp_path
 
 @pytest.mark.parametrize("command, status", [("exit 7", 7), ("kill -9 $$", 137), ("exit 0", 0)])
 def test_the_status_is_that_of_the_command(command, status, tmp_path):
-    assert start(tmp_path / "log", "sh", "-c", command).wait(60) == status
+    assert start(tmp_path / "log", "sh", "-c", command).wait(HANG) == status
 
 
 def test_a_signal_that_meets_the_end_of_the_command(tmp_path):
@@ -85,7 +86,7 @@ def test_a_signal_that_meets_the_end_of_the_command(tmp_path):
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
+        assert process.wait(HANG) == 75
 
 
 def test_the_command_begins_with_the_signals_of_whoever_started_it(tmp_path):
@@ -98,7 +99,7 @@ def test_the_command_begins_with_the_signals_of_whoever_started_it(tmp_path):
         before = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None
         process = start(tmp_path / "log", sys.executable, "-c", asks, preexec_fn=before)
         assert process.stdout.read() == f"[] 0 {ignored} 0\n"
-        assert process.wait(60) == 0
+        assert process.wait(HANG) == 0
 
 
 def test_the_terminals_ctrl_c_comes_once(tmp_path):
@@ -108,7 +109,7 @@ def test_the_terminals_ctrl_c_comes_once(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert [process.stdout.readline() for _ in range(2)] == ["saving\n", "once\n"]
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 75
+    assert process.wait(HANG) == 75
 
 
 def test_a_lost_connection_does_not_end_the_run(tmp_path):
@@ -120,7 +121,7 @@ def test_a_lost_connection_does_not_end_the_run(tmp_path):
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
     (tmp_path / "fifo").write_text("go\n")
-    assert process.wait(60) == 9
+    assert process.wait(HANG) == 9
     assert (tmp_path / "log").read_text().endswith("up\nline\n")
 
 
@@ -130,7 +131,7 @@ def test_it_ends_after_its_log(tmp_path):
     process = start(tmp_path / "log", sys.executable, "-c", script)
     assert process.stdout.read(1) == "x"  # most of it is in pipes that nobody reads yet
     assert process.poll() is None
-    assert len(process.stdout.read()) == 1_000_000 and process.wait(60) == 0
+    assert len(process.stdout.read()) == 1_000_000 and process.wait(HANG) == 0
     assert (tmp_path / "log").read_text().endswith("x" * 1_000_000 + "\n")
 
 
@@ -140,12 +141,12 @@ def test_what_the_command_leaves_behind_may_still_print_and_can_be_stopped(tmp_p
     )
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "fifo").write_text("go\n")
-    assert process.stdout.read() == "late\n" and process.wait(60) == 3
+    assert process.stdout.read() == "late\n" and process.wait(HANG) == 3
     for end, status in (("exec sleep 600", 143), ("exit 3", 3)):  # before the command ends, after
         process = start(tmp_path / "log", "sh", "-c", f"sleep 600 & echo $!; {end}")
         left = int(process.stdout.readline())
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) in (status, 143)
+        assert process.wait(HANG) in (status, 143)
         os.kill(left, signal.SIGKILL)
 
 

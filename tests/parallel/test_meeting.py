@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tiers import HANG
 from tiny_run import ROOT
 
 from oel_jax.base.errors import TryAgain, UserError
@@ -120,7 +121,7 @@ def test_a_command_whose_peers_do_not_come_ends_with_one_message(tmp_path):
     command += ["--processes=2", "--process_id=1", "--join_timeout=1"]
     proxy = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | proxy, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=os.environ | proxy, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 75, done.stderr
     last = done.stderr.splitlines()[-1]

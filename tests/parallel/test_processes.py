@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from tiers import HANG
 from tiny_run import ROOT, as_flags, copy_of
 
 from oel_jax.base.errors import UserError
@@ -56,7 +57,7 @@ def start(workdir, count, devices, *extra, last=(), code=None, **changes):
     return started
 
 
-def end(started, timeout=300):
+def end(started, timeout=HANG):
     """(exit status, output) of each."""
     results = []
     for process, log in started:
@@ -142,7 +143,7 @@ def test_a_mistake_stops_all_with_its_message(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "manifest.json").write_text("{}")
-    results = end(start(workdir, 2, 2), timeout=120)
+    results = end(start(workdir, 2, 2))
     assert [status for status, _ in results] == [2, 2], results
     for _, output in results:
         assert "manifest.json exists but" in output and "Traceback" not in output
@@ -150,7 +151,7 @@ def test_a_mistake_stops_all_with_its_message(tmp_path):
 
 @pytest.mark.processes
 def test_processes_with_other_configs_do_not_start(tmp_path):
-    results = end(start(tmp_path / "run", 2, 2, last=["--config.seed=8"]), timeout=120)
+    results = end(start(tmp_path / "run", 2, 2, last=["--config.seed=8"]))
     assert [status for status, _ in results] == [2, 2], results
     for _, output in results:
         assert "process 1 on " in output and "does not run what process 0" in output
@@ -163,11 +164,11 @@ def test_processes_with_other_configs_do_not_start(tmp_path):
 def test_a_process_that_dies_stops_the_others(tmp_path):
     workdir = tmp_path / "run"
     started = start(workdir, 2, 2, rounds=50)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANG
     while not list(workdir.glob("round_001/trajectories/*")) and time.monotonic() < deadline:
         time.sleep(0.2)
     started[1][0].send_signal(signal.SIGKILL)
-    (status, output), _ = end(started, timeout=150)
+    (status, output), _ = end(started)
     assert status not in (0, None, -signal.SIGKILL), output
 
 

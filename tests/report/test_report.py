@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
+from tiers import HANG
 from tiny_run import copy_of, go, opened, policy_of, tiny_config
 
 from oel_jax import environments
@@ -219,7 +220,7 @@ def test_it_needs_no_jax():
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
     assert done.stdout == "[]\n", done.stderr
 
@@ -423,7 +424,7 @@ def browser():
             ],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG,
         )
         console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
         return done.stdout, "\n".join(console)

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from tiers import HANG
 
 from oel_jax.runs import console as module
 from oel_jax.runs.console import Progress, waiting
@@ -138,7 +139,7 @@ def test_a_thread_shows_the_line_while_a_unit_takes_long(monkeypatch, tty):
     stream = Stream()
     with Progress(2, "steps", "x", every=0, stream=stream) as progress:
         progress.say("the student answers")
-        assert seen.wait(120)  # nothing is finished in here
+        assert seen.wait(HANG)  # nothing is finished in here
         progress.say("")
         progress.update(2)
     assert "student" not in stream.getvalue().splitlines()[-1]
@@ -153,6 +154,6 @@ def test_what_has_no_parts_says_that_it_takes_long(monkeypatch):
     assert stream.getvalue() == ""  # quick things say nothing
     monkeypatch.setattr(module, "QUIET", 0.01)
     with waiting("loading x", stream):
-        assert said.wait(120)
+        assert said.wait(HANG)
     assert stream.getvalue().startswith("loading x: 0:00 so far\n")
     assert not [t for t in threading.enumerate() if t.name == "waiting loading x"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
+from tiers import HANG
 from tiny_run import ROOT, as_flags, contents, copy_of, go, opened, results, tiny_config
 
 from oel_jax import environments
@@ -117,7 +118,7 @@ def test_a_killed_process_goes_on_from_its_checkpoint(finished_run, tmp_path, ca
         root=str(tests.parent), tests=str(tests), model=str(tiny_config().model.path)
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(work)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, str(work)], capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 9, done.stderr
     go(work, tiny_config())
@@ -141,7 +142,7 @@ def test_ctrl_c_says_how_to_resume(run_of_command, tmp_path):
         if "=== round 1" in line:  # seconds of work lie ahead, also where one core does all
             break
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 130, errors
     last = errors.splitlines()[-1]
     assert last.startswith("stopped by Ctrl-C; ") and "kept. The same command resumes" in last

@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 from conftest import write_model
+from tiers import HANG
 from tiny_run import NANO_CONFIG, as_flags, contents, copy_of, tiny_config
 
 import oel_jax
@@ -25,7 +26,7 @@ def command(*arguments):
         [sys.executable, "-m", "oel_jax.main", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     return done.returncode, done.stdout, done.stderr
@@ -74,7 +75,7 @@ def test_a_platform_that_does_not_start_is_one_message(tmp_path):
         [sys.executable, "-m", "oel_jax.main", *as_flags(), f"--workdir={tmp_path / 'W'}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
     )
     assert done.returncode == 2
@@ -115,7 +116,7 @@ def test_without_the_environment_there_is_one_line(module):
         cwd=NANO_CONFIG.parent.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         env={name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "oel_jax"
@@ -125,7 +126,7 @@ def test_at_run_time_games_and_texts_import_neither_jax_nor_textarena():
         "print([m for m in ('jax', 'flax') if m in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG
     )
     assert done.stdout == "[]\n[]\n", done.stderr
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiers import HANG
 
 from oel_jax.base.errors import UserError
 from oel_jax.data import trajectory_files
@@ -380,7 +381,7 @@ def run_python(code, *arguments):
     program = "from tests.data.test_conversations import *\n" + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
 
 
