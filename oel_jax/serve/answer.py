@@ -81,6 +81,11 @@ class Answer:
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     @property
+    def generated(self) -> int:
+        """Tokens so far."""
+        return sum(len(piece.ids) for piece in self._pieces)
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt)
 

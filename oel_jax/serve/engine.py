@@ -12,7 +12,7 @@ new requests to the sampler, lets it decode a few tokens for all, and passes on 
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -75,6 +75,8 @@ class Engine:
       policy_name: named by every answer.
       sizes: of its sampler; `follow` is always on.
       waiting: requests that may wait for a slot; more are refused.
+      ended: called by the thread with every answer that has ended; it must be quick.
+      shadow: called with every request that is taken; it must be quick.
     """
 
     def __init__(
@@ -97,6 +99,8 @@ class Engine:
         self.model, self.policy_name = model, policy_name
         self.sizes = replace(sizes, follow=True)
         self.waiting = waiting
+        self.ended: Callable[[Answer], None] | None = None
+        self.shadow: Callable[[Request], None] | None = None
         self._default = sampling
         self._sampler = self._new_sampler()
         self._changed = threading.Condition()
@@ -155,6 +159,9 @@ class Engine:
             self._counts.submitted += len(requests)
             self._inbox += answers
             self._changed.notify()
+        if (shadow := self.shadow) is not None:
+            for request in requests:
+                shadow(request)
         return answers
 
     def cancel(self, answers: Iterable[Answer], reason: str = "cancelled") -> None:
@@ -188,6 +195,11 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closing and not self._failed
 
     @property
     def drained(self) -> bool:
@@ -267,7 +279,10 @@ class Engine:
                 return []
             setattr(self._counts, finish, getattr(self._counts, finish) + 1)
             self._ends.append(monotonic())
-        return answer.end(finish, reason)
+        waiters = answer.end(finish, reason)
+        if self.ended is not None:
+            self.ended(answer)
+        return waiters
 
     def _start_again(self) -> None:
         """After a failure: running answers end, and the sampler is made anew."""
