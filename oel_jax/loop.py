@@ -21,11 +21,10 @@ from typing import Any
 
 import ml_collections
 
-from oel_jax import environments
-from oel_jax.actor.play import check_first_prompts
 from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.config import negative_control
+from oel_jax.config.chat_checks import is_chat
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import as_json
 from oel_jax.parallel import processes
@@ -37,7 +36,23 @@ from oel_jax.runs.metrics import duration
 from oel_jax.runs.policies import check_model, start_directory
 from oel_jax.runs.profiling import compile_seconds
 from oel_jax.runs.session import Run, Shelf, do_stage, finished, open_run
-from oel_jax.runs.stages import NAMES, Stage, check_stages, function, stage_named, stages_of
+from oel_jax.runs.stages import NAMES, Stage, check_stages, function, stages_of
+
+
+def known_games(config: ml_collections.ConfigDict) -> list[str]:
+    """Names that `config.game.name` may have. A chat round needs none and imports no game."""
+    if is_chat(config):
+        return []
+    from oel_jax import environments
+
+    return environments.known(config.game)
+
+
+def check_first_prompts(config: ml_collections.ConfigDict) -> None:
+    """UserError if the first prompts of the game do not fit; imports the game."""
+    from oel_jax.actor import play
+
+    play.check_first_prompts(config, load_tokenizer(start_directory(config)))
 
 
 def learn(run: Run, stages: Sequence[str] = NAMES) -> None:
@@ -118,7 +133,7 @@ def run(
     Raises:
       UserError: anything the user can mend, naming the file or field.
     """
-    remarks = validate(config, games=environments.known(config.game))
+    remarks = validate(config, games=known_games(config))
     if not stages or not set(stages) <= set(NAMES):
         raise UserError(f"--stages={','.join(stages)}: choose from {', '.join(NAMES)}")
     keep_compiled(config.compilation_cache)
@@ -127,8 +142,8 @@ def run(
     processes.check_equal(as_json(config))
     # Before the workdir exists: it would remember a config that cannot run.
     check_model(config, start_directory(config), mesh)
-    if any(stage_named(stage).plays for stage in stages):
-        check_first_prompts(config, load_tokenizer(start_directory(config)))
+    if any(stage.plays and stage.name in stages for stage in stages_of(config)):
+        check_first_prompts(config)
     check_stages(config)
     with open_run(
         config,

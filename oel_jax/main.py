@@ -133,9 +133,9 @@ def main(arguments: list[str]) -> None:
             )
         config = _config(arguments[1:])
         if _FLAGS.print_config:
-            from oel_jax import environments
+            from oel_jax.loop import known_games
 
-            print_config(config, environments.known(config.game))
+            print_config(config, known_games(config))
             return
         paths.local(_FLAGS.workdir, "--workdir")  # before processes meet
         _run_together(config)

@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from oel_jax.config.chat_checks import is_chat
 from oel_jax.data import knowledge, prompts
 
 # Row 7 of spec section 12: the wording of Figs. 11 and 10, where it differs from the released one.
@@ -38,6 +39,14 @@ def chain_seeds(config: ml_collections.ConfigDict) -> list[int]:
     return [50 * (k + 1) for k in range(config.extract.chains)]
 
 
+def extraction_domain(config: ml_collections.ConfigDict) -> str:
+    """Whose templates the extractor reads, as `prompts.extraction_prompt` calls them.
+
+    Conversations whose messages are game prompts (`logs.wrapper`) are read as games.
+    """
+    return "chat" if is_chat(config) and config.logs.wrapper is None else "game"
+
+
 def extraction_template(config: ml_collections.ConfigDict) -> str | None:
     """The extraction template with this config's item marker and, with `extract.no_op`, how to say
     that there is nothing new; None = the built-in one as it is.
@@ -49,7 +58,7 @@ def extraction_template(config: ml_collections.ConfigDict) -> str | None:
     if e.template_file not in (None, "paper"):
         text = prompts.load_template(e.template_file)
     else:
-        text = {"v3": prompts.GAME_V3, "v4": prompts.GAME_V4}[e.version]
+        text = prompts.built_in_template(extraction_domain(config), e.version)
         if e.template_file == "paper":
             text = text.replace(*_PAPER_WORDING[e.version])
         elif e.item_marker == knowledge.MARKER and not e.no_op:

@@ -10,6 +10,7 @@ import ml_collections
 from oel_jax.base.errors import UserError
 from oel_jax.config import negative_control
 from oel_jax.config.budgets import extraction_template, has_extractor
+from oel_jax.config.chat_checks import check_chat, refuse_chat_fields
 from oel_jax.config.choices import chosen_loss, nonsense, unused
 from oel_jax.config.fields import FIELDS, find_field, leaves, refuse
 from oel_jax.config.fields_run import MAX_TURNS
@@ -46,18 +47,27 @@ def validate(config: ml_collections.ConfigDict, games: Sequence[str] = PAPER_GAM
         must = field.rule(fields[path])
         if must:
             refuse(path, fields[path], must)
-    if config.game.name not in games:
-        refuse(
-            "game.name",
-            config.game.name,
-            f"one of {', '.join(games)}; a game of your own is added with --game_module=FILE.py "
-            "(config.game.module)",
-        )
-    if config.game.name in PAPER_GAMES and config.game.max_turns != MAX_TURNS:
-        refuse("game.max_turns", config.game.max_turns, f"{MAX_TURNS} for {config.game.name}")
+    if config.game.name is None:
+        check_chat(config)
+    else:
+        _check_game(config, games)
     _check_combinations(config)
     extraction_template(config)
     return [*([converted] if converted else []), *_remarks(config)]
+
+
+def _check_game(config: ml_collections.ConfigDict, games: Sequence[str]) -> None:
+    name = config.game.name
+    if name not in games:
+        refuse(
+            "game.name",
+            name,
+            f"one of {', '.join(games)}, or None for a chat round; a game of your own is added "
+            "with --game_module=FILE.py (config.game.module)",
+        )
+    if name in PAPER_GAMES and config.game.max_turns != MAX_TURNS:
+        refuse("game.max_turns", config.game.max_turns, f"{MAX_TURNS} for {name}")
+    refuse_chat_fields(config)
 
 
 def _check_own_game(config: ml_collections.ConfigDict) -> None:
@@ -215,7 +225,7 @@ def _check_lora(config: ml_collections.ConfigDict) -> None:
 def _remarks(config: ml_collections.ConfigDict) -> list[str]:
     remarks = []
     last = config.deploy.games_per_step * (config.consolidate.steps + 1) + config.preflight.games
-    if config.rounds > 1 and last > GAMES_PER_ROUND:
+    if config.game.name and config.rounds > 1 and last > GAMES_PER_ROUND:
         remarks.append(
             "config.deploy.games_per_step x steps, with config.preflight.games, reaches game "
             f"{last} of a round; from {GAMES_PER_ROUND} on, deploy boards of consecutive rounds "

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 from oel_jax.base.errors import UserError
 from oel_jax.config.field import PARTS, Field
 from oel_jax.config.fields_round import DEPLOY, EVALUATE, EXTRACT, PREFLIGHT
-from oel_jax.config.fields_run import GAME, LOG, MESH, MODEL, RUN, SAMPLER
+from oel_jax.config.fields_run import GAME, LOG, LOGS, MESH, MODEL, RUN, SAMPLER
 from oel_jax.config.fields_training import CONSOLIDATE, GUARD, LORA, LOSS
 
-_BEFORE = (*RUN, *MODEL, *MESH, *GAME, *SAMPLER, *DEPLOY, *EXTRACT, *PREFLIGHT)
+_BEFORE = (*RUN, *MODEL, *MESH, *GAME, *LOGS, *SAMPLER, *DEPLOY, *EXTRACT, *PREFLIGHT)
 _TRAINING = (*CONSOLIDATE, *LORA, *GUARD, *LOSS)
 FIELDS: dict[str, Field] = {field.path: field for field in (*_BEFORE, *_TRAINING, *EVALUATE, *LOG)}
 

@@ -25,6 +25,7 @@ from oel_jax.config.rules import (
     LINE,
     PATH,
     POSITIVE,
+    SCORER,
     STEP_LIST,
     TEMPERATURE,
     TOP_K,
@@ -35,6 +36,7 @@ from oel_jax.config.rules import (
     or_none,
 )
 from oel_jax.data import knowledge
+from oel_jax.data.messages import PLACES
 
 DEPLOY = (
     Field(
@@ -118,6 +120,24 @@ EXTRACT = (
     ),
     Field("extract.top_p", 0.8, TOP_P, METHOD, "1 = off", GAMES_FOR_KNOWLEDGE),
     Field("extract.top_k", 20, TOP_K, METHOD, "0 = off", GAMES_FOR_KNOWLEDGE),
+    Field(
+        "extract.user_share",
+        1.0,
+        number(0, 1, open_low=True),
+        METHOD,
+        "chat rounds: one user may have at most this share of a chain's conversations, and always "
+        "one",
+        GAMES_FOR_KNOWLEDGE,
+    ),
+    Field(
+        "extract.place",
+        "paper",
+        choice(*PLACES),
+        METHOD,
+        "where the teacher reads a text: 'paper' = in the paper's wrapper (games), 'system' = in a "
+        "system message, 'user' = before the last user message",
+        TRAINING,
+    ),
     Field(
         "extract.trajectories",
         "per_chain",
@@ -294,6 +314,33 @@ EVALUATE = (
         METHOD,
         "also measure the policy with the round's knowledge in its prompt",
         NOTHING,
+    ),
+    Field(
+        "evaluate.conversations",
+        32,
+        POSITIVE,
+        METHOD,
+        "chat rounds: held-out conversations that are answered, at most",
+        EVALUATING,
+    ),
+    Field(
+        "evaluate.text_file",
+        None,
+        or_none(PATH),
+        METHOD,
+        "chat rounds: a general text whose likelihood shows what else has changed; None = a short "
+        "one that comes with the package",
+        NOTHING,  # its content counts
+    ),
+    Field(
+        "evaluate.scorer",
+        None,
+        or_none(SCORER),
+        IO,
+        "chat rounds: FILE.py:FUNCTION, (messages, answer) -> number; only reported, never learned "
+        "from; None = none",
+        NOTHING,
+        free="what is reported",
     ),
     Field(
         "evaluate.skills",

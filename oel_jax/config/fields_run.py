@@ -12,6 +12,7 @@ from oel_jax.config.rules import (
     PRESETS,
     PROFILE,
     TEXT,
+    TEXTS,
     choice,
     integer,
     number,
@@ -150,9 +151,10 @@ GAME = (
     Field(
         "game.name",
         "frozen_lake",
-        TEXT,
+        or_none(TEXT),
         METHOD,
-        "'frozen_lake', 'sokoban', or a game that you registered",
+        "'frozen_lake', 'sokoban', or a game that you registered; None = a chat round, which has "
+        "no game: its trajectories are conversations (config.logs)",
     ),
     Field(
         "game.module",
@@ -183,6 +185,58 @@ GAME = (
         choice("released", "paper"),
         METHOD,
         "prompt layout: 'released' (with its quirks) or 'paper'",
+    ),
+)
+
+# Where the conversations of a chat round come from.
+LOGS = (
+    Field(
+        "logs.path",
+        (),
+        TEXTS,
+        METHOD,
+        "files of conversations: paths or globs; () = only those that a server has recorded in the "
+        "workdir",
+        NOTHING,
+        free="a round takes what is new, wherever it is",
+    ),
+    Field(
+        "logs.wrapper",
+        None,
+        or_none(choice("paper")),
+        METHOD,
+        "'paper': each turn's last user message is a game prompt in the paper's wrapper "
+        "(config.game.wrapper), and knowledge goes where it is in games; None = plain messages",
+    ),
+    Field(
+        "logs.feedback_fields",
+        ("feedback",),
+        TEXTS,
+        METHOD,
+        "text fields of a row or message that hold what a user said about an answer",
+    ),
+    Field(
+        "logs.redact",
+        True,
+        FLAG,
+        METHOD,
+        "take e-mail addresses, numbers of phones and cards, IP addresses and keys out of imported "
+        "texts",
+    ),
+    Field(
+        "logs.heldout",
+        0.1,
+        number(0, 0.9, open_low=True),
+        METHOD,
+        "share of users (of conversations without a user) that is only evaluated on",
+    ),
+    Field(
+        "logs.wait",
+        0,
+        integer(0),
+        METHOD,
+        "new conversations that a round waits for; 0 = it takes what is there",
+        free="when a round begins",
     ),
 )
 

@@ -130,6 +130,18 @@ def _read_tuple(text: str) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
+def _check_texts(value: Any) -> str | None:
+    right = isinstance(value, (tuple, list)) and all(_check_text(item) is None for item in value)
+    right = right and len(value) == len(set(value))
+    return None if right else "different texts in a tuple, or ()"
+
+
+def _check_scorer(value: Any) -> str | None:
+    file, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    right = file.endswith(".py") and paths.wrong(file) is None and name.isidentifier()
+    return None if right else "FILE.py:FUNCTION"
+
+
 def _check_steps(value: Any) -> str | None:
     right = isinstance(value, (tuple, list)) and all(type(item) is int for item in value)
     right = right and list(value) == sorted(set(value)) and all(item >= 1 for item in value)
@@ -208,6 +220,8 @@ FLAG = Rule(_check_flag, _read_flag)
 TEXT = Rule(_check_text)
 LINE = Rule(_check_line)
 PATH = Rule(_check_path)
+TEXTS = Rule(_check_texts, _read_tuple)
+SCORER = Rule(_check_scorer)
 CACHE = Rule(_check_cache)
 PROFILE = Rule(_check_profile)
 STEP_LIST = Rule(_check_steps, _read_tuple)

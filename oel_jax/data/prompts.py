@@ -177,9 +177,62 @@ Solve the new problem and explain what part of experience you use and how you us
 reasoning process:
 {prompt}"""
 
+# Conversations: ours, since the paper has none.
+_CHAT_HEAD = """\
+You are an AI language model that continuously refines its internal experience.
+Here is a conversation with a user (your answers are those of "assistant"; what the user said \
+about an answer comes after it):
+{LATEST_EXPERIENCE}
+
+Here is the previous experience:
+# Experience
+{PREVIOUS_EXPERIENCE}
+
+Your task:
+Based on the conversation and the previous experience, generate experience for future \
+conversations: what would have served this user better, and what did this user like? Pay attention \
+to what the user says about your answers: their length, their form, their tone, and whether they \
+were right. \
+"""
+_CHAT_RULES = """\
+- The experience you generate will be directly appended to the previous experience. Do not repeat \
+the previous experience.
+- Write instructions for how to answer that are useful with any user and any question. Leave out \
+the subject of this conversation, names and quotations.
+"""
+
+CHAT_V3 = (
+    _CHAT_HEAD
+    + "Write it as a few short instructions.\n\nRules:\n"
+    + _CHAT_RULES
+    + "\nOutput only the additional experience.\n"
+)
+
+CHAT_V4 = (
+    _CHAT_HEAD
+    + """\
+Write it as 1-2 concise experience items.
+
+Rules:
+- The experience you generate MUST be formatted strictly as a markdown item which starts with "- \
+EXPERIENCE ITEM:":
+- EXPERIENCE ITEM: ...
+- EXPERIENCE ITEM: ...
+"""
+    + _CHAT_RULES
+    + """
+Output the final result in exactly this format:
+
+Additional Experience:
+# Experience
+- EXPERIENCE ITEM: ...
+"""
+)
+
 _TEMPLATES = {
     "game": {"v3": GAME_V3, "v4": GAME_V4},
     "math": {"v3": MATH_V3, "v4": MATH_V4},
+    "chat": {"v3": CHAT_V3, "v4": CHAT_V4},
 }
 _LATEST, _PREVIOUS = "{LATEST_EXPERIENCE}", "{PREVIOUS_EXPERIENCE}"
 OUTCOME_MODES = ("full", "text_only", "none")
@@ -201,6 +254,16 @@ def play_prompt(situation: str, knowledge: str = "", wrapper: str = "grid") -> s
     """
     head, told = WRAPPERS[wrapper]
     return (_fill(told, {"{experience}": knowledge}) if knowledge else head) + situation + TAIL
+
+
+def situation_of(message: str, wrapper: str = "grid") -> str | None:
+    """The situation in a user message that `play_prompt` made without knowledge; None in others."""
+    head = WRAPPERS[wrapper][0]
+    if not message.startswith(head) or not message.endswith(TAIL):
+        return None
+    if len(message) < len(head) + len(TAIL):
+        return None
+    return message[len(head) : len(message) - len(TAIL)]
 
 
 def math_prompt(problem: str, knowledge: str = "") -> str:
@@ -236,6 +299,17 @@ def load_template(path: str | Path) -> str:
     return check_template(template, where)
 
 
+def built_in_template(domain: str, version: str) -> str:
+    """The extraction template of a domain; UserError for an unknown domain or version."""
+    if domain not in _TEMPLATES:
+        raise UserError(f"extract.domain must be one of {', '.join(_TEMPLATES)}; got {domain!r}")
+    if version not in _TEMPLATES[domain]:
+        raise UserError(
+            f"extract.version must be 'v3' or 'v4', the versions with a template; got {version!r}"
+        )
+    return _TEMPLATES[domain][version]
+
+
 def extraction_prompt(
     history: str,
     previous: str,
@@ -251,17 +325,12 @@ def extraction_prompt(
         previous: knowledge so far; '' where there is none or the recipe does not show it.
         version: 'v3' (unstructured) or 'v4' (items); picks the template.
         template: the user's template instead, with both placeholders.
-        domain: 'game' or 'math'.
+        domain: 'game', 'math' or 'chat'.
 
     Raises UserError for an unknown version or domain, or a template without its placeholders.
     """
-    if domain not in _TEMPLATES:
-        raise UserError(f"extract.domain must be one of {', '.join(_TEMPLATES)}; got {domain!r}")
-    if version not in _TEMPLATES[domain]:
-        raise UserError(
-            f"extract.version must be 'v3' or 'v4', the versions with a template; got {version!r}"
-        )
-    template = _TEMPLATES[domain][version] if template is None else check_template(template)
+    built_in = built_in_template(domain, version)
+    template = built_in if template is None else check_template(template)
     return _fill(template, {_LATEST: history, _PREVIOUS: previous or NO_PREVIOUS})
 
 
@@ -291,6 +360,16 @@ def extraction_history(
     if outcome_mode == "text_only":
         outcome = re.sub(r"\A(Summary:\n)Final Result: [^\n]*\n", r"\1", outcome)
     return f"{history}\n\n\n{outcome}\n"
+
+
+def conversation_history(parts: Sequence[tuple[str, str]]) -> str:
+    """One conversation as the extractor reads it.
+
+    Args:
+        parts: (who, text) in order, for instance ("user", "Hello"); what a user said about an
+            answer is by "feedback of the user".
+    """
+    return "\n" + "\n\n".join(f"{who}: {text.strip()}" for who, text in parts) + "\n"
 
 
 def math_history(problem: str, response: str) -> str:

@@ -38,6 +38,7 @@ answered, and what followed. A file is JSON Lines in UTF-8: one trajectory per l
         policy*        string, who answered this turn, if another than `policy` above; not empty
         time*          string, when the answer was finished: ISO 8601 in UTC, "2026-01-31T12:00:00Z"
         sampling*      object, how the answer was sampled: temperature, top_k, top_p, seed, ...
+        approved*      true: a user has approved of the answer; evaluation asks how likely it is
         finish*        "stop", "length", "tool_calls" or "cancelled": how the answer ended
 
 An exchange is a conversation of one turn: one request and its answer. An exchange with a `parent`
@@ -101,6 +102,7 @@ class Turn:
     time: str | None = None
     sampling: Mapping[str, Any] | None = None
     finish: str | None = None
+    approved: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))

@@ -135,6 +135,10 @@ class TrajectoryStore:
             )
         return found
 
+    def count(self, purpose: str) -> int:
+        """How many trajectories there are for a purpose."""
+        return sum(count for _, count in self._counted(purpose))
+
     def _counted(self, purpose: str) -> list[tuple[Path, int]]:
         """(file, number of its lines); an empty file is refused."""
         if purpose not in self._counts:

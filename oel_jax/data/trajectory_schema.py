@@ -141,6 +141,8 @@ def _check_exchange(turn: Mapping[str, Any], where: str) -> None:
                 f"{where}.sampling must be a JSON object, got {_show(turn['sampling'])}"
             )
         _check_plain(turn["sampling"], f"{where}.sampling")
+    if turn.get("approved", True) is not True:
+        raise NotATrajectory(f"{where}.approved must be true, or left out")
     if "finish" in turn and turn["finish"] not in FINISHES:
         raise NotATrajectory(
             f"{where}.finish must be one of {', '.join(FINISHES)}, got {_show(turn['finish'])}"

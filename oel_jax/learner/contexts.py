@@ -23,7 +23,8 @@ from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config import negative_control
 from oel_jax.config.old_values import saved_config
-from oel_jax.data import knowledge, prompts
+from oel_jax.data import knowledge
+from oel_jax.data.history import history
 from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import Trajectory
 from oel_jax.data.trajectory_files import TrajectoryStore, read
@@ -50,15 +51,13 @@ def write_raw_trajectories(
         games = games_of_chain(config, workdir, round_number, chain)
         text = ""
         for step, game in enumerate(games, start=1):
-            history = prompts.extraction_history(
-                game.exchanges(), game.outcome or "", outcome_mode=settings.outcome
-            )
+            told = history(game, outcome_mode=settings.outcome)
             text = knowledge.truncate(
-                text + history, settings.l_max, count, "v3", keep=settings.truncate
+                text + told, settings.l_max, count, "v3", keep=settings.truncate
             )
             write_json(
                 workdir.knowledge_step(round_number, chain, step),
-                _record(chain, step, text, history, count(text)),
+                _record(chain, step, text, told, count(text)),
             )
 
 
@@ -105,10 +104,8 @@ def own_contexts(
     if settings.experience != "own_game":
         return [None] * len(games)
 
-    def history(game: Trajectory) -> str:
-        text = prompts.extraction_history(
-            game.exchanges(), game.outcome or "", outcome_mode=settings.outcome
-        )
+    def own_text(game: Trajectory) -> str:
+        text = history(game, outcome_mode=settings.outcome)
         return knowledge.truncate(
             text.strip(),
             settings.l_max,
@@ -117,7 +114,7 @@ def own_contexts(
             keep=settings.truncate,
         )
 
-    return [Context("hindsight", history(game)) for game in games]
+    return [Context("hindsight", own_text(game), settings.place) for game in games]
 
 
 def write_empty_texts(
@@ -232,7 +229,7 @@ def contexts_of_round(
     """The contexts that all decision points of a round draw from; see `texts_of_round`."""
     kind = _KINDS[config.extract.experience]
     texts = texts_of_round(config, workdir, round_number, tokenizer)
-    return [Context(kind, text) for text in texts]
+    return [Context(kind, text, config.extract.place) for text in texts]
 
 
 _KINDS = {"knowledge": "knowledge", "raw": "raw", "none": "none", "own_game": "none"}

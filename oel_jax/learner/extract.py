@@ -19,8 +19,9 @@ import ml_collections
 from oel_jax.base import preemption
 from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
-from oel_jax.config.budgets import extraction_template, extractor_budget
+from oel_jax.config.budgets import extraction_domain, extraction_template, extractor_budget
 from oel_jax.data import answers, knowledge, prompts
+from oel_jax.data.history import history
 from oel_jax.data.trajectories import Trajectory
 from oel_jax.learner.contexts import (
     copy_of_another_run,
@@ -149,18 +150,23 @@ def _request(
     settings, thinking = config.extract, config.model.thinking
     game = chain.games[step - 1]
 
-    def message(turns: list[tuple[str, str]]) -> str:
+    def shown(turns: list[tuple[str, str]]) -> str:
+        outcome = game.outcome or ""
+        return message(prompts.extraction_history(turns, outcome, outcome_mode=settings.outcome))
+
+    def message(told: str) -> str:
         return prompts.extraction_prompt(
-            prompts.extraction_history(turns, game.outcome or "", outcome_mode=settings.outcome),
+            told,
             chain.text if settings.previous else "",
             version=settings.version,
             template=extraction_template(config),
+            domain=extraction_domain(config),
         )
 
     if settings.history_markers == "tokens":
-        text = with_markers(message, game, player, extractor.tokenizer)
+        text = with_markers(shown, game, player, extractor.tokenizer)
     else:
-        text = message(game.exchanges())
+        text = message(history(game, outcome_mode=settings.outcome))
     ids = extractor.tokenizer.chat(text, thinking=thinking)
     key = chain_key(config, chain.number, "extractor", round_number, step)
     return Request(ids, key, extractor_budget(config)[1], (chain, step))
@@ -277,7 +283,7 @@ def _finish(
     write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
     calls = unfinished = 0
     left_out = dict.fromkeys(_upkeep(config), 0)
-    print(f"knowledge after {config.n} games, newest line of each chain:")
+    print(f"knowledge after {config.n} trajectories, newest line of each chain:")
     for record in used:
         chain = record["chain"]
         steps = [

@@ -7,6 +7,7 @@ same answers after its own prompt, which has the context that was drawn. Nothing
 game.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from oel_jax.base import preemption
 from oel_jax.base.errors import UserError
 from oel_jax.chat.render import render
+from oel_jax.config.chat_checks import is_chat
 from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
 from oel_jax.data.trajectory_files import Stored, TrajectoryStore
 from oel_jax.distill.packing import Sample
@@ -42,10 +44,31 @@ def episodes_of_step(
     """The trajectories that optimizer step `number` (from 1) learns from.
 
     Each step takes the next `deploy.games_per_step` of the store, in its order, whatever files they
-    are in.
+    are in. Conversations that have all been used come again, in another order: there may be fewer
+    than the steps ask for.
     """
     size = config.deploy.games_per_step
-    return store.read(purpose, (number - 1) * size, number * size)
+    first, end = (number - 1) * size, number * size
+    if not is_chat(config):
+        return store.read(purpose, first, end)
+    count = store.count(purpose)
+    places = [_place(config.seed, count, position) for position in range(first, end)]
+    return [store.read(purpose, place, place + 1)[0] for place in places]
+
+
+def _place(seed: int, count: int, position: int) -> int:
+    """Which of `count` conversations comes at a position of the round, both from 0.
+
+    First all of them in the order of the store, then again and again in an order of the seed.
+    """
+    if not count:
+        return position  # the store says that there is none
+    epoch, index = divmod(position, count)
+    if not epoch:
+        return index
+    order = list(range(count))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return order[index]
 
 
 def common_beginning(points: Sequence[DecisionPoint]) -> tuple[int, ...]:
@@ -93,7 +116,7 @@ def student_samples(
         for index, point in enumerate(points)
     ]
     sampler.forget()  # the weights have changed
-    answers = _all_answers(_own_answers(sampler, weights, processes.share(requests), meanwhile))
+    answers = all_answers(sampler, weights, requests, meanwhile)
     drawn = draw_texts(step.round, step.number, len(points), len(teacher.contexts))
     own = own_contexts(config, games, teacher.model.tokenizer)
     samples = []
@@ -120,6 +143,20 @@ def _drop_remainder(
     return points[: len(points) - len(points) % max(config.consolidate.drop_remainder, 1)]
 
 
+def all_answers(
+    sampler: Sampler,
+    weights: Any,
+    requests: Sequence[Request],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> list[Completion]:
+    """The answers to all requests, in their order; each process makes its share of them.
+
+    Args:
+      meanwhile: called between dispatches.
+    """
+    return _gathered(_own_answers(sampler, weights, processes.share(requests), meanwhile))
+
+
 def _own_answers(
     sampler: Sampler, weights: Any, requests: Sequence[Request], meanwhile: Callable[[], object]
 ) -> list[Completion] | None:
@@ -135,7 +172,7 @@ def _own_answers(
         return None
 
 
-def _all_answers(mine: Sequence[Completion] | None) -> list[Completion]:
+def _gathered(mine: Sequence[Completion] | None) -> list[Completion]:
     """The answers of all processes, in the order of all requests.
 
     Raises:

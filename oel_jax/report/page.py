@@ -22,7 +22,8 @@ from string import Template
 from oel_jax.base import paths
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import write_bytes
-from oel_jax.report import sections, studies
+from oel_jax.config.chat_checks import is_chat
+from oel_jax.report import conversations, sections, studies
 from oel_jax.report.figure import pass_rates
 from oel_jax.report.run_data import collect
 from oel_jax.runs.workdir import Workdir
@@ -35,13 +36,14 @@ def page(workdir: Workdir) -> str:
       UserError: the workdir holds no run, or one of its files is damaged.
     """
     run = collect(workdir)
+    chat, rounds = is_chat(run.config), len(run.rounds)
     body = [
-        sections.headline(run, _versions()),
-        sections.results(run),
+        sections.headline(run, _versions(), conversations.cards(workdir, rounds) if chat else ()),
+        conversations.results(workdir, rounds) if chat else sections.results(run),
         sections.training(run),
         sections.costs(run),
         sections.knowledge(run),
-        sections.viewer(run),
+        "" if chat else sections.viewer(run),
         sections.settings(run),
     ]
     title = f"{run.name}: OEL run"

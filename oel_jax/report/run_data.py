@@ -197,7 +197,7 @@ def generated_tokens(data: RunData, round_number: int) -> dict[str, int]:
     for row in (row for row in data.rows if row["round"] == round_number):
         values = {name: number(value) or 0.0 for name, value in row["values"].items()}
         stage, tokens = row["stage"], values.get("response_tokens", 0.0)
-        if stage == "deploy":
+        if stage == "deploy" and "extract_turns" in values:  # a chat round has none
             tokens = sum(
                 count * values[f"{purpose}_turns"] * values[f"{purpose}_response_tokens"]
                 for purpose, count in games.items()

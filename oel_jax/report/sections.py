@@ -54,8 +54,12 @@ def table(
 # --- headline -------------------------------------------------------------------------------------
 
 
-def headline(run: RunData, versions: dict[str, str]) -> str:
-    """Name, game, model, dates, and from where to where the pass rate went."""
+def headline(run: RunData, versions: dict[str, str], more: Sequence[tuple[str, str]] = ()) -> str:
+    """Name, game, model, dates, and from where to where the pass rate went.
+
+    Args:
+      more: (large, small) texts of further cards.
+    """
     config = run.config
     control = config.get("negative_control", "none")
     warning = announcement(SimpleNamespace(negative_control=control)).strip()
@@ -65,7 +69,7 @@ def headline(run: RunData, versions: dict[str, str]) -> str:
     dates += f", last stage finished {_date(ended)}" if ended else ", no stage is finished yet"
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
     preset = config.get("preset", "default")
-    facts = f"{config['game']['name']}, model {config['model']['path']}"
+    facts = f"{config['game']['name'] or 'conversations'}, model {config['model']['path']}"
     facts += f", preset {preset}" if preset != "default" else ""
     facts += f", seed {config.get('seed', 0)}"
     parts = [
@@ -76,7 +80,11 @@ def headline(run: RunData, versions: dict[str, str]) -> str:
     if warning:
         parts.insert(1, f'<p class="warning" role="alert">{escape(warning)}</p>')
     state = _state(run)
-    return "".join(parts) + _cards(run) + (f'<p class="soft">{escape(state)}</p>' if state else "")
+    return (
+        "".join(parts)
+        + _cards(run, more)
+        + (f'<p class="soft">{escape(state)}</p>' if state else "")
+    )
 
 
 def _date(text: Any) -> str:
@@ -84,9 +92,9 @@ def _date(text: Any) -> str:
     return f"{str(text)[:16].replace('T', ' ')} UTC" if text else "at an unknown time"
 
 
-def _cards(run: RunData) -> str:
+def _cards(run: RunData, more: Sequence[tuple[str, str]]) -> str:
     plain = run.of_kind("start", "consolidated")
-    cards = []
+    cards = list(more)
     for evaluation in [plain[0], plain[-1]] if len(plain) > 1 else plain:
         rate, ends = percent(evaluation.result["pass_rate"]), interval(evaluation.result)
         cards.append((rate, f"pass rate, {evaluation.title}; 95 % interval {ends}"))

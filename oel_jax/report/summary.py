@@ -7,6 +7,8 @@ import ml_collections
 
 from oel_jax.base.files import read_json, write_json
 from oel_jax.config import negative_control
+from oel_jax.config.chat_checks import is_chat
+from oel_jax.report import conversations
 from oel_jax.report.gains import gains, mean_error, sentence
 from oel_jax.runs.metrics import table
 from oel_jax.runs.workdir import Workdir
@@ -19,6 +21,15 @@ def write_summary(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
 
     report.html shows the same and more.
     """
+    if is_chat(config):
+        numbers = range(1, workdir.rounds() + 1)
+        rounds = [
+            {"round": number, **conversations.summary_of(workdir, number)}
+            | {"seconds": workdir.seconds(number)}
+            for number in numbers
+        ]
+        write_json(workdir.summary_file, negative_control.mark(config) | {"rounds": rounds})
+        return
     rounds = []
     found = gains(workdir, workdir.rounds())
     for number in range(1, workdir.rounds() + 1):
@@ -52,6 +63,8 @@ def rate(result: dict[str, Any] | None) -> str:
 
 def round_table(config: ml_collections.ConfigDict, workdir: Workdir, number: int) -> str:
     """The table that ends round `number`, which is evaluated."""
+    if is_chat(config):
+        return negative_control.announcement(config) + conversations.round_table(workdir, number)
     before = (
         workdir.start_evaluation if number == 1 else workdir.evaluation(number - 1, "consolidated")
     )

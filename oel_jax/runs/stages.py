@@ -5,9 +5,11 @@ nothing, so that the report reads it without JAX, and a process loads what its s
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
+
+from oel_jax.config.chat_checks import is_chat
 
 
 def _always(_: Mapping[str, Any]) -> bool:
@@ -40,6 +42,7 @@ class Stage:
       after: (run, round) -> more files; follows `work` on process 0.
       shares: in a study, what other runs can take over: (config, workdir, round) ->
         `study.shares.Shares`.
+      chat: what is different in a chat round, which has no game: attribute -> value.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Stage:
     before: str = ""
     after: str = ""
     shares: str = ""
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
 
 STAGES = (
@@ -60,6 +64,7 @@ STAGES = (
         work="oel_jax.actor.deploy:deploy",
         plays=True,
         shares="oel_jax.study.shares:deploy",
+        chat={"work": "oel_jax.actor.snapshot:deploy", "plays": False},
     ),
     Stage(
         name="extract",
@@ -91,6 +96,7 @@ STAGES = (
         before="oel_jax.actor.preflight:check_gain",
         after="oel_jax.nano.skills:keep_skilled",
         shares="oel_jax.study.shares:consolidate",
+        chat={"before": "", "after": ""},
     ),
     Stage(
         name="evaluate",
@@ -101,6 +107,13 @@ STAGES = (
         check="oel_jax.nano.skills:check_skills",
         after="oel_jax.nano.skills:measure_skills",
         shares="oel_jax.study.shares:evaluate",
+        chat={
+            "work": "oel_jax.actor.chat_evaluation:evaluate_round",
+            "start": "",
+            "plays": False,
+            "check": "oel_jax.actor.chat_evaluation:check_files",
+            "after": "",
+        },
     ),
 )
 NAMES = tuple(stage.name for stage in STAGES)
@@ -113,9 +126,10 @@ def stage_named(name: str) -> Stage:
 
 def stages_of(config: Mapping[str, Any], round_number: int = 1) -> tuple[Stage, ...]:
     """The stages that a run of this config has in a round (0: before round 1), in order."""
-    return tuple(
-        stage for stage in STAGES if stage.wanted(config) and (round_number or stage.start)
-    )
+    rows = STAGES
+    if is_chat(config):
+        rows = tuple(replace(stage, **stage.chat) for stage in STAGES)
+    return tuple(stage for stage in rows if stage.wanted(config) and (round_number or stage.start))
 
 
 def function(name: str) -> Callable[..., Any]:

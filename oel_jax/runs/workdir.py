@@ -7,7 +7,8 @@
       round_001/
         trajectories/ extract_0000.jsonl .. (games for knowledge, one file per chain),
                       deploy_0000.jsonl .. (games whose answers are trained on),
-                      demonstrate_0000.jsonl .. (played with knowledge; off-policy baselines only)
+                      demonstrate_0000.jsonl .. (played with knowledge; off-policy baselines only);
+                      of a chat round also heldout_0000.jsonl and snapshot.json
         knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
         preflight.json  what each text gains in context, measured before consolidation
         consolidate/  Orbax checkpoints inside the round; gone when it is consolidated
@@ -179,6 +180,14 @@ class Workdir:
     def trajectories(self, round_number: int) -> Path:
         """The round's store of trajectories, see `oel_jax.data.trajectory_files`."""
         return self.round(round_number) / "trajectories"
+
+    def snapshot(self, round_number: int) -> Path:
+        """Which conversations a chat round has taken, with hashes of their files."""
+        return self.trajectories(round_number) / "snapshot.json"
+
+    def heldout(self, round_number: int) -> Path:
+        """The conversations of a chat round that only evaluation reads."""
+        return self.trajectories(round_number) / "heldout_0000.jsonl"
 
     def knowledge_step(self, round_number: int, chain: int, step: int) -> Path:
         """Knowledge of chain `chain` (from 0) after `step` trajectories (from 1)."""
