@@ -24,7 +24,6 @@ import ml_collections
 from oel_jax.base.errors import UserError
 from oel_jax.chat.tokenizer import load_tokenizer
 from oel_jax.config import negative_control
-from oel_jax.config.chat_checks import is_chat
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import as_json
 from oel_jax.parallel import processes
@@ -36,16 +35,7 @@ from oel_jax.runs.metrics import duration
 from oel_jax.runs.policies import check_model, start_directory
 from oel_jax.runs.profiling import compile_seconds
 from oel_jax.runs.session import Run, Shelf, do_stage, finished, open_run
-from oel_jax.runs.stages import NAMES, Stage, check_stages, function, stages_of
-
-
-def known_games(config: ml_collections.ConfigDict) -> list[str]:
-    """Names that `config.game.name` may have. A chat round needs none and imports no game."""
-    if is_chat(config):
-        return []
-    from oel_jax import environments
-
-    return environments.known(config.game)
+from oel_jax.runs.stages import NAMES, Stage, check_stages, function, known_games, stages_of
 
 
 def check_first_prompts(config: ml_collections.ConfigDict) -> None:

@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
             )
         config = _config(arguments[1:])
         if _FLAGS.print_config:
-            from oel_jax.loop import known_games
+            from oel_jax.runs.stages import known_games
 
             print_config(config, known_games(config))
             return

@@ -22,6 +22,7 @@ _WITHOUT_GAME: dict[str, Any] = {
     "evaluate.curve": (),
     "evaluate.steps": (),
 }
+OF_GAMES = (*_WITHOUT_GAME, "extract.template_file")
 _CONTROLS = ("none", "teacher_without_knowledge", "foreign_top_k")
 _OF_CHAT = ("extract.user_share", "evaluate.conversations", "evaluate.text_file", "evaluate.scorer")
 

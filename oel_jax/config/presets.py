@@ -5,6 +5,7 @@ from typing import Any
 import ml_collections
 
 from oel_jax.base.errors import UserError
+from oel_jax.config.chat_checks import OF_GAMES, is_chat
 from oel_jax.config.rules import PRESETS
 from oel_jax.data import knowledge
 
@@ -51,7 +52,8 @@ def apply_preset(config: ml_collections.ConfigDict, name: str | None) -> ml_coll
     """Set the fields of a preset in place; single fields can still be overridden afterwards.
 
     'paper' and 'released' set every row of spec section 12 to their column, 'recommended' sets
-    `RECOMMENDED`; 'default', '' and None change nothing.
+    `RECOMMENDED`; 'default', '' and None change nothing. What is about games is left out in a
+    config of chat rounds.
 
     Raises:
       UserError: another name.
@@ -64,6 +66,8 @@ def apply_preset(config: ml_collections.ConfigDict, name: str | None) -> ml_coll
     if name in ("paper", "released"):
         column = 2 if name == "paper" else 3
         values = {row[1]: row[column] for row in ROWS}
+    if is_chat(config):
+        values = {path: value for path, value in values.items() if path not in OF_GAMES}
     for path, value in values.items():
         group, _, field = path.rpartition(".")
         (config[group] if group else config)[field] = value(config) if callable(value) else value

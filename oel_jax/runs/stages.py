@@ -132,6 +132,11 @@ def stages_of(config: Mapping[str, Any], round_number: int = 1) -> tuple[Stage, 
     return tuple(stage for stage in rows if stage.wanted(config) and (round_number or stage.start))
 
 
+def known_games(config: Mapping[str, Any]) -> list[str]:
+    """Names that `config.game.name` may have. A chat round needs none and imports no game."""
+    return [] if is_chat(config) else function("oel_jax.environments:known")(config["game"])
+
+
 def function(name: str) -> Callable[..., Any]:
     """The function that a row names `module:function`."""
     module, _, attribute = name.partition(":")
