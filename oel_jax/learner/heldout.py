@@ -10,7 +10,7 @@ import ml_collections
 
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import StepConfig, Sums, micro_loss
-from oel_jax.learner.consolidate import static_settings
+from oel_jax.learner.settings import step_settings
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel.mesh import put_batch
@@ -52,7 +52,7 @@ def divergence(
       samples: at least one; the answers are the student's.
     """
     step = replace(
-        static_settings(config, teacher.model.cfg),
+        step_settings(config, teacher.model.cfg),
         remat="none",
         retention="none",
         trust=0.0,
