@@ -22,6 +22,8 @@ class SamplerConfig:
       overlap: `poll` returns the answers of the call before while the device decodes on.
       draft: tokens drafted from a slot's own text and verified in each pass; 0: none.
       stops: ids that can end one response, at most.
+      reuse: a prompt takes over whole chunks (`prefill_chunk`) that any prompt with the same
+        beginning has left in a slot, see `sampler/reuse.py`; without shared prefixes only.
       follow: `Sampler.progress` has the tokens that running requests got in the last dispatch.
       seconds: a dispatch takes about so long at most; fewer tokens are decoded in one where it
         would take longer.
@@ -40,6 +42,7 @@ class SamplerConfig:
     overlap: bool = False
     draft: int = 0
     stops: int = 8
+    reuse: bool = False
     follow: bool = False
     seconds: float = 5.0
 
@@ -56,6 +59,8 @@ class SamplerConfig:
                     f"{name} is {value}: it must be a positive multiple of the {fsdp} device(s) "
                     "along 'fsdp'"
                 )
+        if self.reuse and (self.longest_prefix or self.prefixes != 1):
+            raise ValueError("with reuse there can be no shared prefixes: chunks are shared")
         if self.prefixes < 1 or self.slots // fsdp % self.prefixes:
             raise ValueError(
                 f"{self.slots} slots on {fsdp} device(s) cannot be shared equally among "

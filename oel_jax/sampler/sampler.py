@@ -16,8 +16,9 @@ from oel_jax.sampler.decode import decode
 from oel_jax.sampler.pace import Pace
 from oel_jax.sampler.prefill import Piece, extend
 from oel_jax.sampler.requests import Completion, Progress, Request, RequestError, Sampling
+from oel_jax.sampler.reuse import ReusingScheduler
 from oel_jax.sampler.sampling import RowSampling
-from oel_jax.sampler.scheduler import Entry, PromptPiece, Rows, Scheduler
+from oel_jax.sampler.scheduler import Assignment, Entry, PromptPiece, Rows, Scheduler
 from oel_jax.sampler.slots import (
     Admission,
     admit,
@@ -78,7 +79,7 @@ class Sampler:
         self._pace = Pace(config.decode_steps, config.seconds)
         self.progress: list[Progress] = []  # of the last `poll`, with `config.follow`
         self._safe_place: Callable[[], None] = lambda: None
-        self._schedule = Scheduler(
+        self._schedule = (ReusingScheduler if config.reuse else Scheduler)(
             slots=config.slots,
             devices=mesh.shape["fsdp"],
             prefixes=config.prefixes,
@@ -243,14 +244,23 @@ class Sampler:
 
     def _fill(self, params: Params) -> None:
         """Put as many pending requests as possible into slots and encode their prompts."""
-        work = self._schedule.assign()
+        more = True
+        while more:
+            work = self._schedule.assign()
+            self._enter(params, work)
+            more = work.more
+
+    def _enter(self, params: Params, work: Assignment) -> None:
+        """Do what has to be done before these entries decode."""
         for number, prefix in work.loads:
             self._load(number, prefix, params)
+        length = self._state.cache.keys.shape[2]
+        for width, rows in self._schedule.donations(work.entries, length):
+            self._copy(width, [(row, entry, entry.donor) for row, entry in rows])
         for number, size, rows in self._schedule.prefills(work.entries):
             self._encode(params, number, size, rows)
-        length = self._state.cache.keys.shape[2]
         for width, rows in self._schedule.copies(work.entries, length):
-            self._copy(width, rows)
+            self._copy(width, [(row, entry, entry.source) for row, entry in rows])
         for rows in self._schedule.batches(work.entries):
             self._admit(rows)
 
@@ -284,11 +294,11 @@ class Sampler:
             self._pace.encoded()
             self._safe_place()
 
-    def _copy(self, width: int, rows: Rows[Entry]) -> None:
-        """Equal prompts are encoded once: the others copy them."""
+    def _copy(self, width: int, rows: Sequence[tuple[int, Entry, int]]) -> None:
+        """Equal prompts and beginnings are encoded once: these entries copy them from slots."""
         source, target = self._no_slots(), self._no_slots()
-        for row, entry in rows:
-            source[row] = self._on_device(entry.source)
+        for row, entry, origin in rows:
+            source[row] = self._on_device(origin)
             target[row] = self._on_device(entry.slot)
         both = put_batch(self.mesh, (source, target))
         self._state = copy_slots(self._state, *both, width=width)

@@ -6,7 +6,7 @@ to start) as plain numbers; `sampler.py` makes arrays of them and dispatches.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TypeVar
@@ -42,6 +42,8 @@ class Entry:
       own: prompt ids after the shared part.
       start: how many of them are in the slot already.
       source: the slot of an equal prompt that enters at the same time; -1: none.
+      donor: the slot that has the first `start` of them, to be copied before anything is encoded;
+        -1: they are in the slot itself.
     """
 
     request: Request
@@ -50,6 +52,7 @@ class Entry:
     own: Sequence[int]
     start: int
     source: int = -1
+    donor: int = -1
 
     @property
     def missing(self) -> Sequence[int]:
@@ -82,10 +85,12 @@ class Assignment:
     Attributes:
       loads: shared prefixes to encode: (number of the prefix, its ids).
       entries: requests whose prompts go into slots.
+      more: others can enter as soon as these have.
     """
 
     loads: list[tuple[int, tuple[int, ...]]]
     entries: list[Entry]
+    more: bool = False
 
 
 _InSlot = TypeVar("_InSlot", Entry, PromptPiece)
@@ -281,10 +286,20 @@ class Scheduler:
         Args:
           length: columns of a slot's cache.
         """
+        copying = [e for e in entries if e.source >= 0 and e.missing]
+        yield from self._by_width(copying, lambda entry: len(entry.missing), length)
+
+    def donations(self, entries: Sequence[Entry], length: int) -> Iterator[tuple[int, Rows[Entry]]]:
+        """Batches of entries that copy their beginning from a donor, as `copies`."""
+        copying = [entry for entry in entries if entry.donor >= 0]
+        yield from self._by_width(copying, lambda entry: entry.start, length)
+
+    def _by_width(
+        self, entries: Sequence[Entry], columns: Callable[[Entry], int], length: int
+    ) -> Iterator[tuple[int, Rows[Entry]]]:
         by_width: dict[int, list[Entry]] = defaultdict(list)
         for entry in entries:
-            if entry.source >= 0 and entry.missing:
-                by_width[min(padded_length(len(entry.missing)), length)].append(entry)
+            by_width[min(padded_length(columns(entry)), length)].append(entry)
         for width, some in by_width.items():
             for rows in self.batches(some):
                 yield width, rows

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import Any
 
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.sampler.config import SamplerConfig
@@ -73,7 +74,7 @@ class Engine:
 
     Attributes:
       policy_name: named by every answer.
-      sizes: of its sampler; `follow` is always on.
+      sizes: of its sampler; `follow` and `reuse` are always on.
       waiting: requests that may wait for a slot; more are refused.
       ended: called by the thread with every answer that has ended; it must be quick.
       shadow: called with every request that is taken; it must be quick.
@@ -97,7 +98,7 @@ class Engine:
           ValueError: the sizes do not fit the model's mesh.
         """
         self.model, self.policy_name = model, policy_name
-        self.sizes = replace(sizes, follow=True)
+        self.sizes = replace(sizes, follow=True, reuse=True)
         self.waiting = waiting
         self.ended: Callable[[Answer], None] | None = None
         self.shadow: Callable[[Request], None] | None = None
@@ -331,6 +332,17 @@ class Engine:
             return 1.0
         each = (monotonic() - self._ends[0]) / (len(self._ends) - 1)
         return min(60.0, max(1.0, each * waiting))
+
+
+def serving_sizes(*, slots: int, length: int, response: int, **more: Any) -> SamplerConfig:
+    """Sizes that suit clients who read along: short dispatches, chunks that many prompts share.
+
+    Args:
+      slots, length, response: see `SamplerConfig`.
+      more: its other fields.
+    """
+    sizes = {"prefill_rows": min(8, slots), "prefill_chunk": 64, "decode_steps": 8, "seconds": 0.3}
+    return SamplerConfig(slots=slots, length=length, response=response, **sizes | more)
 
 
 def samples(request: Request, count: int) -> list[Request]:
