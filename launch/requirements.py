@@ -7,7 +7,12 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {"requirements.txt": "", "requirements-eval.txt": "eval", "requirements-plan.txt": "plan"}
+FILES = {
+    "requirements.txt": "",
+    "requirements-eval.txt": "eval",
+    "requirements-plan.txt": "plan",
+    "requirements-serve.txt": "serve",
+}
 
 
 def text_of(file: str) -> str:

@@ -13,6 +13,7 @@ COMMANDS = {
     "report": ("oel_jax.report.page", "write the page of a run or of a study"),
     "plan": ("oel_jax.plan.command", "say whether a run fits devices that are not at hand"),
     "export": ("oel_jax.export.command", "write the policy of a round to a directory"),
+    "serve": ("oel_jax.serve.command", "answer over HTTP as OpenAI's API does, and record it"),
     "evaluate": ("oel_jax.evaluate.command", "run lm-evaluation-harness on the policies of a run"),
 }
 

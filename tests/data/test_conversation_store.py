@@ -378,8 +378,7 @@ def test_what_readers_would_refuse_is_not_written(tmp_path):
 
 
 def run_python(code, *arguments):
-    program = "import sys; sys.path[:0] = ['tests']\n"
-    program += "from tests.data.test_conversation_store import *\n" + textwrap.dedent(code)
+    program = "from tests.data.test_conversations import *\n" + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=HANG,
