@@ -68,7 +68,7 @@ class Preparation:
         """The turns after the first `used`, each with the ids that the policy reads.
 
         Args:
-          cut: reason -> number of turns that were left out at the end of a conversation.
+          cut: reason -> number of conversations whose end was left out.
 
         Raises:
           LeftOut: nothing of it can be used.
@@ -80,7 +80,6 @@ class Preparation:
             dialogue, situation = self._unwrapped(point)
             ids = self._prompt_ids(point, dialogue)
             if len(ids) > most:
-                cut["an answer whose prompt is too long (config.sampler.max_prompt)"] += 1
                 break
             facts: dict[str, Any] = {
                 name: value
@@ -100,11 +99,12 @@ class Preparation:
         turns = transcript.turns
         if not turns:
             raise LeftOut("its first prompt is too long (config.sampler.max_prompt)")
-        if used + len(turns) < len(points) and turns[-1].feedback is None:
+        if used + len(turns) < len(points):
+            cut["the end of a conversation, too long (config.sampler.max_prompt)"] += 1
             # What is cut off still says how the last answer was taken.
             said = one.feedback(used + len(turns) - 1)
             turns[-1] = replace(turns[-1], feedback=said or None)
-        made = replace(
+        return replace(
             one,
             turns=tuple(turns),
             purpose="deploy",
@@ -112,8 +112,6 @@ class Preparation:
             chain=None,
             wrapper=self._wrapper or None,
         )
-        self._check_extraction(made)
-        return made
 
     def _unwrapped(self, point: DecisionPoint) -> tuple[Dialogue, str | None]:
         """The dialogue as it is stored, and the situation where messages are game prompts."""
@@ -149,11 +147,11 @@ class Preparation:
             return list(turn.response_ids)
         return [*self._tokenizer.encode(turn.response), self._tokenizer.stop_ids[0]]
 
-    def _check_extraction(self, one: Trajectory) -> None:
-        """LeftOut if the extractor cannot read it."""
+    def extractor_reads(self, one: Trajectory) -> bool:
+        """Whether a conversation fits into the extractor's prompt."""
         config = self._config
         if not has_extractor(config):
-            return
+            return True
         message = prompts.extraction_prompt(
             history(one, outcome_mode=config.extract.outcome),
             "",
@@ -163,8 +161,7 @@ class Preparation:
         )
         length = len(self._extractor.chat(message, thinking=config.model.thinking))
         length += config.extract.l_max if config.extract.previous else 0
-        if length > extractor_budget(config)[0]:
-            raise LeftOut("too long for the extractor (config.extract.max_prompt)")
+        return length <= extractor_budget(config)[0]
 
 
 def _last_user(dialogue: Dialogue) -> tuple[int, str]:

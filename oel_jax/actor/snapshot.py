@@ -98,7 +98,11 @@ def _make(run: Run, round_number: int) -> None:
         new.left_out,
         most=config.evaluate.conversations,
     )
-    chains = [_chain(config, round_number, number, train, new) for number in _chains(config)]
+    pool = [one for one in train if preparation.extractor_reads(one)]
+    if len(pool) < len(train):
+        what = "of extraction, too long for the extractor (config.extract.max_prompt)"
+        new.left_out[what] += len(train) - len(pool)
+    chains = [_chain(config, round_number, number, pool, new) for number in _chains(config)]
     store = TrajectoryStore(run.workdir.trajectories(round_number))
     store.directory.mkdir(parents=True, exist_ok=True)
     for old in store.directory.glob("*.jsonl"):  # of a run that was killed before its snapshot
