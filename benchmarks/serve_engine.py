@@ -6,7 +6,8 @@ Each client sends `turns` chat requests one after the other, temperature 0, and 
 answer. All prompts are different and have `prompt` tokens; `--system` of them are the same in all,
 as a system prompt is. Peers: `transformers serve` over HTTP as it is started by default, and
 `generate` on a batch of all clients' prompts, padded on the left, which waits for the longest
-answer. Compared are generated tokens per second; end tokens count on all sides.
+answer. Compared are generated tokens per second; end tokens count on all sides. On a machine
+that others use too, the processor seconds per token of each side are the steadier measure.
 """
 
 import asyncio
@@ -64,6 +65,10 @@ class Side:
         self.talks, self.answer = talks, answer  # by client, then turn
         self.tokens: list[int] = []
         self.first: list[float] = []  # seconds to the first token
+
+    def processor_seconds(self) -> float:
+        """Used so far by the process that answers."""
+        return time.process_time()
 
 
 class Ours(Side):
@@ -163,6 +168,11 @@ class Served(Side):
                 time.sleep(0.5)
         raise RuntimeError(f"transformers serve does not answer: see {log}")
 
+    def processor_seconds(self) -> float:
+        """Of the server's process, threads included."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait()
@@ -201,14 +211,16 @@ class Served(Side):
             return reply.read()
 
 
-def measured(side: Side, rates: list[float], seen: list[int]) -> Callable[[], None]:
-    """The side with its tokens per second noted."""
+def measured(side: Side, notes: dict[str, list[float]]) -> Callable[[], None]:
+    """The side with what it does noted."""
 
     def call() -> None:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), side.processor_seconds()
         side()
-        rates.append(sum(side.tokens) / (time.perf_counter() - began))
-        seen.append(sum(side.tokens))
+        tokens = sum(side.tokens)
+        notes["tokens"].append(tokens)
+        notes["rate"].append(tokens / (time.perf_counter() - began))
+        notes["processor"].append((side.processor_seconds() - used) / tokens)
 
     call.warm_up = getattr(side, "warm_up", call)  # type: ignore[attr-defined]
     return call
@@ -247,45 +259,53 @@ def main() -> int:
     if "serve" in peers:
         log = Path(options.out) / "transformers_serve.log"
         sides["transformers serve"] = served = Served(directory, talks, options.answer, log)
-    rates = {name: [] for name in sides}
-    tokens = {name: [] for name in sides}
+    notes = {name: {"tokens": [], "rate": [], "processor": []} for name in sides}
     try:
         seconds = race(
-            {name: measured(side, rates[name], tokens[name]) for name, side in sides.items()},
-            options.repeats,
+            {name: measured(side, notes[name]) for name, side in sides.items()}, options.repeats
         )
     finally:
         ours.engine.close()
         if served is not None:
             served.close()
-    kept = {name: some[-options.repeats :] for name, some in rates.items()}
-    ratios = {name: ratio(kept["ours"], some) for name, some in kept.items() if name != "ours"}
+    kept = {
+        name: {key: values[-options.repeats :] for key, values in some.items()}
+        for name, some in notes.items()
+    }
+    mine, peers = kept["ours"], [name for name in sides if name != "ours"]
+    rates = {name: ratio(mine["rate"], kept[name]["rate"]) for name in peers}
+    costs = {name: ratio(kept[name]["processor"], mine["processor"]) for name in peers}
     rows = [
         [
             name,
-            f"{statistics.median(kept[name]):.1f}",
-            tokens[name][-1],
-            spread(ratios[name]) if name in ratios else "",
+            f"{statistics.median(some['rate']):.1f}",
+            f"{1000 * statistics.median(some['processor']):.0f}",
+            some["tokens"][-1],
+            spread(rates[name]) if name in rates else "",
+            spread(costs[name]) if name in costs else "",
         ]
-        for name in sides
+        for name, some in kept.items()
     ]
+    names = ("clients", "prompt", "answer", "turns", "system")
     return finish(
         "serve_engine",
-        {
-            "model": directory.name,
-            **{
-                name: getattr(options, name)
-                for name in ("clients", "prompt", "answer", "turns", "system")
-            },
-        },
+        {"model": directory.name, **{name: getattr(options, name) for name in names}},
         rows,
-        ["side", "tok/s", "tokens", "ours / it"],
-        [Bar(f"tok/s, ours / {name}", some[0], 3.0) for name, some in ratios.items()],
+        [
+            "side",
+            "tok/s",
+            "processor ms/token",
+            "tokens",
+            "tok/s, ours / it",
+            "processor, it / ours",
+        ],
+        [Bar(f"tok/s, ours / {name}", some[0], 3.0) for name, some in rates.items()]
+        + [Bar(f"processor time, {name} / ours", some[0], None) for name, some in costs.items()],
         {
             "seconds": seconds,
-            "tokens_per_second": kept,
-            "tokens": tokens,
-            "ratio": ratios,
+            "notes": kept,
+            "ratio": rates,
+            "processor_ratio": costs,
             "first_token_seconds": statistics.median(ours.first),
         },
         options,

@@ -21,7 +21,7 @@ from oel_jax.runs.policies import sampler_params
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.serve.completion_ids import CompletionIds, secret_of
-from oel_jax.serve.engine import Engine
+from oel_jax.serve.engine import Engine, serving_sizes
 from oel_jax.serve.guard import GuardLimits
 from oel_jax.serve.measures import Measures
 from oel_jax.serve.policies import Exchange, Policies
@@ -155,7 +155,7 @@ def _sizes(
             f"--max_prompt={prompt} and --max_response={response} do not fit into the {most} "
             f"positions of {model.directory}"
         )
-    return SamplerConfig(
+    return serving_sizes(
         slots=slots,
         length=prompt + response,
         response=response,
