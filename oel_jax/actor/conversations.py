@@ -1,7 +1,9 @@
 """A conversation as a policy can learn from it: what it reads, as ids, and what does not fit."""
 
 import datetime
+import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,9 @@ class Preparation:
                 if (value := getattr(turn, name, None)) not in (None, False)
             }
             if situation is not None:
-                facts["observation"] = _news(before, situation)
+                said = one.turns[number - 1].feedback if number else None
+                news = _news(before, situation, self._config.logs.leave_out or "")
+                facts["observation"] = news if said is None else said
                 before = situation
             transcript.add(
                 dialogue.messages,
@@ -176,8 +180,50 @@ def _last_user(dialogue: Dialogue) -> tuple[int, str]:
     raise LeftOut("no message of a user comes before an answer")
 
 
-def _news(before: str, situation: str) -> str:
-    """What a situation says in addition to the one before."""
+def _news(before: str, situation: str, known: str) -> str:
+    """What a situation says in addition to the one before; of the first one, without `known`."""
     old = before.rstrip("\n")
-    news = situation[len(old) :] if old and situation.startswith(old) else situation
-    return news.rstrip("\n")
+    if old and situation.startswith(old):
+        return situation[len(old) :].rstrip("\n")
+    return (situation.replace(known, "", 1) if known else situation).rstrip("\n")
+
+
+# --- which conversations --------------------------------------------------------------------------
+
+
+def by_name(pieces: Iterable[Trajectory]) -> Iterator[Trajectory]:
+    """Conversations whose every prompt begins anew, put together by the name a client gave them.
+
+    Nothing in their messages says that they belong together. Pieces are in the order in which they
+    were recorded, and so are the turns.
+    """
+    named: dict[tuple[str | None, str], list[Trajectory]] = {}
+    for one in pieces:
+        if one.conversation is None:
+            yield one
+        else:
+            named.setdefault((one.user, one.conversation), []).append(one)
+    for (_, name), parts in named.items():
+        first = parts[0]
+        turns = [
+            turn
+            if part.policy == first.policy
+            else replace(turn, policy=turn.policy or part.policy)
+            for part in parts
+            for turn in part.turns
+        ]
+        yield replace(first, id=name, turns=tuple(turns))
+
+
+def policies_of(one: Trajectory) -> set[str]:
+    """Who answered in a conversation."""
+    return {turn.policy or one.policy for turn in one.turns}
+
+
+def seconds_since(one: Trajectory) -> float:
+    """Seconds since the last answer; infinite if nobody wrote down when it was."""
+    times = [turn.time for turn in one.turns if turn.time]
+    if not times:
+        return math.inf
+    last = max(map(datetime.datetime.fromisoformat, times))
+    return (datetime.datetime.now(datetime.UTC) - last).total_seconds()

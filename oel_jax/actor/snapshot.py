@@ -25,7 +25,13 @@ from typing import Any
 
 import ml_collections
 
-from oel_jax.actor.conversations import LeftOut, Preparation
+from oel_jax.actor.conversations import (
+    LeftOut,
+    Preparation,
+    by_name,
+    policies_of,
+    seconds_since,
+)
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json, write_bytes, write_json
 from oel_jax.data.trajectories import Trajectory
@@ -175,9 +181,15 @@ def _look(run: Run, round_number: int) -> _New:
     """Everything that no earlier round has used."""
     used, side_of, new = _used(run.workdir, round_number), {}, _New()
     latest: dict[str, Trajectory] = {}
-    for one in found(run.config, run.workdir):
+    logs, current = run.config.logs, f"round_{round_number - 1:03d}"
+    conversations = found(run.config, run.workdir)
+    for one in by_name(conversations) if logs.wrapper else conversations:
         if one.id is None:
             new.left_out["a game, not a conversation"] += 1
+        elif logs.policy == "current" and policies_of(one) != {current}:
+            new.left_out[f"another policy than {current} answered (config.logs.policy)"] += 1
+        elif seconds_since(one) < logs.idle:
+            continue  # somebody may still be talking: the next look or round will take it
         elif one.id not in latest or len(one.turns) > len(latest[one.id].turns):
             latest[one.id] = one
     for one in latest.values():

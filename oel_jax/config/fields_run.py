@@ -209,6 +209,14 @@ LOGS = (
         "(config.game.wrapper), and knowledge goes where it is in games; None = plain messages",
     ),
     Field(
+        "logs.leave_out",
+        None,
+        or_none(TEXT),
+        METHOD,
+        "with logs.wrapper: a text of the first prompt, such as rules, that the extractor does "
+        "not see; None = it sees all",
+    ),
+    Field(
         "logs.feedback_fields",
         ("feedback",),
         TEXTS,
@@ -229,6 +237,22 @@ LOGS = (
         number(0, 0.9, open_low=True),
         METHOD,
         "share of users (of conversations without a user) that is only evaluated on",
+    ),
+    Field(
+        "logs.policy",
+        "any",
+        choice("any", "current"),
+        METHOD,
+        "whose answers a round learns from: 'current' = only conversations that the round's own "
+        "policy answered",
+    ),
+    Field(
+        "logs.idle",
+        0.0,
+        number(0, 1e9),
+        METHOD,
+        "seconds without an answer after which a conversation counts as finished; others wait for "
+        "the next look",
     ),
     Field(
         "logs.wait",
