@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": ("oel_jax.plan.command", "say whether a run fits devices that are not at hand"),
     "export": ("oel_jax.export.command", "write the policy of a round to a directory"),
     "serve": ("oel_jax.serve.command", "answer over HTTP as OpenAI's API does, and record it"),
+    "online": ("oel_jax.online.command", "run server, learner and players of a game together"),
     "evaluate": ("oel_jax.evaluate.command", "run lm-evaluation-harness on the policies of a run"),
 }
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: {name!r} is no command of oel\n\n{_usage()}", file=sys.stderr)
         return 2
-    if name in ("run", "study"):
+    if name in ("run", "study", "online"):
         preemption.listen()  # before what takes time to import: a notice may come at once
     module = import_module(COMMANDS[name][0])
     if name == "run":

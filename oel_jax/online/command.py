@@ -127,14 +127,16 @@ def online(given: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     place = given.workdir / "online"
     games = place / "games.jsonl"
-    server = _Part("server", _server(given), place / "server.log")
-    parts = [server]
+    learner = _Part("learner", _learner(given, overrides), place / "learner.log", shown=True)
+    parts = [learner]
     try:
+        _wait_for_config(given.workdir / "config.json", learner)
+        server = _Part("server", _server(given), place / "server.log")
+        parts.append(server)
         url = server.wait_for_address()
         print(f"server: {url}, log {server.log}", flush=True)
-        learner = _Part("learner", _learner(given, overrides), place / "learner.log", shown=True)
         players = _Part("players", _players(given, url, games), place / "players.log")
-        parts += [learner, players]
+        parts.append(players)
         print(f"players: {given.players} at once, log {players.log}", flush=True)
         status = _watch(parts, learner)
         if status:
@@ -146,6 +148,19 @@ def online(given: argparse.Namespace, overrides: Sequence[str]) -> int:
     print(players.tail(1).partition("\n")[2].strip())
     print(summarise(games, place, rounds=config.rounds))
     return 0
+
+
+def _wait_for_config(file: Path, learner: _Part) -> None:
+    """Until the learner has written the config, by which the server knows its model and sizes.
+
+    Raises:
+      UserError: it ended before.
+    """
+    while not file.exists():
+        preemption.stop_if_noticed("nothing had begun")
+        if learner.status is not None:
+            raise UserError(f"the learner ended ({learner.status}); {learner.tail()}")
+        time.sleep(0.2)
 
 
 def _watch(parts: Sequence[_Part], learner: _Part) -> int:
@@ -190,7 +205,7 @@ def _let_them_play(parts: Sequence[_Part], games: Path, rounds: int, wanted: int
 
 
 def _server(given: argparse.Namespace) -> list[str]:
-    return ["oel_jax.serve", f"--workdir={given.workdir}", f"--config={given.config}", "--port=0"]
+    return ["oel_jax.serve", f"--workdir={given.workdir}", "--port=0"]
 
 
 def _learner(given: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
