@@ -35,7 +35,7 @@ from oel_jax.distill.packing import Sample, Shape, fill, plan
 from oel_jax.distill.step import StepConfig, accumulate, update, zeros_like
 from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.learner.memory import peak_memory
-from oel_jax.models.decoder import KeyValues, Prefix, forward
+from oel_jax.models.decoder import CachedPrefix, KeyValues, forward
 from oel_jax.models.language_model import LanguageModel, load_model
 from oel_jax.models.lengths import padded_length
 from oel_jax.models.shared_prefix import encode_prefix
@@ -180,7 +180,7 @@ class UncachedTeacher:
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _read(cfg, params, view, cache, block):
-    prefix = Prefix(cache, view.shared)
+    prefix = CachedPrefix(cache, view.shared)
     places = (view.tokens, view.positions, view.segments)
     return forward(cfg, params, *places, prefix=prefix, block=block)
 

@@ -27,7 +27,7 @@ from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json
 from oel_jax.config.command_line import read_overrides
 from oel_jax.config.defaults import with_fields
-from oel_jax.runs.metrics import read
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def whole_run(config: Path, fields: list[str], workdir: Path, cache: Path) -> di
     if done.returncode:
         raise UserError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     found = {"all": seconds, "compiling": 0.0}
-    for row in read(workdir / "metrics.jsonl"):
+    for row in read_metrics(workdir / "metrics.jsonl"):
         if not row["stage"].startswith("time_"):
             continue
         stage = row["stage"].removeprefix("time_")

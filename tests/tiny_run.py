@@ -18,7 +18,7 @@ from oel_jax.base.files import read_json, write_json
 from oel_jax.models import bundled
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.runs.metrics import read
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.policies import load_player_of_round
 from oel_jax.runs.session import Run, open_run
 from oel_jax.runs.stages import NAMES
@@ -126,7 +126,7 @@ def results(workdir: Path) -> dict[str, object]:
             "round_*/preflight.json",
         )
     )
-    rows = read(workdir / "metrics.jsonl")
+    rows = read_metrics(workdir / "metrics.jsonl")
     found["metrics"] = [{k: v for k, v in row.items() if k != "time"} for row in rows]
     return found
 
@@ -144,7 +144,7 @@ def undo(workdir: Path, *stages: str) -> Path:
     write_json(workdir / "manifest.json", manifest)
     kept = [
         row
-        for row in read(workdir / "metrics.jsonl")
+        for row in read_metrics(workdir / "metrics.jsonl")
         if not row["round"] or row["stage"].partition("_")[0] not in stages
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -21,7 +21,7 @@ from oel_jax.actor.recording import Format, GameFile, record_games
 from oel_jax.config import negative_control
 from oel_jax.data.trajectories import Trajectory, Turn
 from oel_jax.data.trajectory_files import TrajectoryStore, read
-from oel_jax.data.trajectory_schema import decode, encode
+from oel_jax.data.trajectory_schema import decode_line, encode
 from oel_jax.learner.contexts import contexts_of_round, draw_texts
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
@@ -151,7 +151,7 @@ def _collect(
         record=partial(_trajectory, config.game.wrapper, round_number, purpose),
         name=lambda trajectory: [trajectory.game, trajectory.seed],
         name_of_job=lambda job: [job.game, job.seed],
-        decode=decode,
+        decode=decode_line,
         encode=encode,
     )
     record_games(

@@ -62,7 +62,7 @@ def evaluate(
     boards = environments.heldout_seeds(config.maps)
     fsdp = run.host.shape["fsdp"]
     slots = slot_count(run.config, fsdp, config.seeds * config.maps)
-    lanes = prefix_count(fsdp, len(set(texts)), slots)
+    at_once = prefix_count(fsdp, len(set(texts)), slots)
     jobs = [
         Job(
             boards[column],
@@ -71,9 +71,9 @@ def evaluate(
             chain=index,
             tag=(index, column),
         )
-        for first in range(0, config.seeds, lanes)  # as many texts at once as the sampler shares
+        for first in range(0, config.seeds, at_once)  # as many texts at once as the sampler shares
         for column in range(config.maps)
-        for index in range(first, min(first + lanes, config.seeds))
+        for index in range(first, min(first + at_once, config.seeds))
     ]
     log, how = GameFile(file.with_suffix(".games.jsonl"), jobs), sampling(config)
     form = Format(record=_record, name=_name, name_of_job=lambda job: list(job.tag))

@@ -142,12 +142,12 @@ def _games(
     contexts = [Context("knowledge", text) if text else NOTHING for text in texts]
     fsdp = mesh.shape["fsdp"]
     slots = slot_count(config, fsdp, len(texts) * len(seeds))
-    lanes = prefix_count(fsdp, sum(map(bool, texts)), slots)
+    at_once = prefix_count(fsdp, sum(map(bool, texts)), slots)
     jobs = [
         Job(seed, ("preflight", round_number), contexts[index], chain=0, tag=(index, column))
-        for first in range(0, len(texts), lanes)  # as many texts at once as the sampler shares
+        for first in range(0, len(texts), at_once)  # as many texts at once as the sampler shares
         for column, seed in enumerate(seeds)
-        for index in range(first, min(first + lanes, len(texts)))
+        for index in range(first, min(first + at_once, len(texts)))
     ]
     file, how = GameFile(log, jobs), sampling(config.evaluate)
     form = Format(record=_record, name=_name, name_of_job=lambda job: list(job.tag))

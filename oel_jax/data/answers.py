@@ -53,6 +53,6 @@ def answer_of(response: str, *, opened: bool) -> str:
     return response if answer == response else (answer or "").lstrip()
 
 
-def whole(response: str) -> str:
+def full_response(response: str) -> str:
     """The response with its thought: what games search for an action (spec 3.6)."""
     return response

@@ -49,7 +49,7 @@ from oel_jax.data.line_files import (
 )
 from oel_jax.data.texts import change_trajectory, opaque
 from oel_jax.data.trajectories import Trajectory
-from oel_jax.data.trajectory_schema import NotATrajectory, decode, encode
+from oel_jax.data.trajectory_schema import NotATrajectory, decode_line, encode
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ class ConversationStore:
         self._own_number()
         if self._exchanges is None:
             path = self._path("exchanges", self._number)
-            self._exchanges = _StoreFile(path, decode, self._sync_every)
+            self._exchanges = _StoreFile(path, decode_line, self._sync_every)
         return self._exchanges
 
     def _own_number(self) -> None:
@@ -411,7 +411,7 @@ class ConversationStore:
         if on_bad not in ("error", "skip"):
             raise UserError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         for path in self.files("exchanges"):
-            for one in _values(path, decode, on_bad):
+            for one in _values(path, decode_line, on_bad):
                 joiner.add(one)
         for path in self.files("feedback"):
             for one in _values(path, decode_feedback, on_bad):

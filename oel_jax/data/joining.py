@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from oel_jax.data.messages import Context, Message
 from oel_jax.data.texts import Change, change_head, change_trajectory, change_turn
 from oel_jax.data.trajectories import Trajectory, Turn
-from oel_jax.data.trajectory_schema import decode, encode, present
+from oel_jax.data.trajectory_schema import decode_line, encode, present
 
 CACHE_KIB = 32 * 1024
 _HEADERS = 1000  # different heads that are remembered in memory
@@ -313,7 +313,7 @@ class Joiner:
             ).fetchall()
             for number, line in rows:
                 self._db.execute("DELETE FROM waiting WHERE rowid=?", (number,))
-                self.add(decode(line))
+                self.add(decode_line(line))
             found = bool(rows)
         self.alone = self._one("SELECT COUNT(*) FROM waiting")[0]
         self._db.execute(
@@ -349,7 +349,7 @@ class Joiner:
         return replace(head, id=identity, turns=tuple(turns))
 
     def _whole(self, node: _Node) -> Trajectory:
-        whole = decode(self._body(node.node))
+        whole = decode_line(self._body(node.node))
         comments = self._feedback(node.node)
         if comments is None:
             return whole

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 from oel_jax.base.errors import UserError
 from oel_jax.data.line_files import LineWriter, NotJSON, complaint, numbered, open_lines
 from oel_jax.data.trajectories import PURPOSES, Trajectory
-from oel_jax.data.trajectory_schema import NotATrajectory, decode, encode
+from oel_jax.data.trajectory_schema import NotATrajectory, decode_line, encode
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read(path: str | Path, *, on_bad: str = "error") -> list[Trajectory]:
     with open_lines(path) as file:
         for number, line in numbered(file):
             try:
-                trajectory = decode(line)
+                trajectory = decode_line(line)
                 if trajectory.key in seen:
                     raise NotATrajectory(f"the game of line {seen[trajectory.key]} again")
             except (NotJSON, NotATrajectory) as error:
@@ -80,7 +80,7 @@ class TrajectoryWriter(LineWriter[Trajectory]):
     """
 
     def __init__(self, path: str | Path, *, sync_every: int = 1) -> None:
-        super().__init__(path, decode, encode, lambda one: one.key, sync_every=sync_every)
+        super().__init__(path, decode_line, encode, lambda one: one.key, sync_every=sync_every)
 
 
 class Stored(NamedTuple):

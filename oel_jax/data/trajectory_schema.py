@@ -280,7 +280,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def decode(line: bytes) -> Trajectory:
+def decode_line(line: bytes) -> Trajectory:
     """One line, of this schema or of schema 1. Raises `NotJSON` or `NotATrajectory`."""
     try:
         text = line.decode("utf-8")

@@ -199,7 +199,7 @@ def save_adapter(
     modules = {name: re.sub(r"\.weight$", "", names[name]) for name in lora.targets}
     tensors: dict[str, np.ndarray] = {}
     for name, sides in adapter.items():
-        a, b = processes.to_host(sides["a"]), processes.to_host(sides["b"])
+        a, b = processes.to_numpy(sides["a"]), processes.to_numpy(sides["b"])
         for layer in range(cfg.num_layers):
             prefix = "base_model.model." + modules[name].format(layer)
             tensors[f"{prefix}.lora_A.weight"] = a[layer].reshape(-1, lora.rank).T

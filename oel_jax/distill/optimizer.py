@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from oel_jax.distill.dither import dither
-from oel_jax.parallel.offload import back, on_device, on_host
+from oel_jax.parallel.offload import back, is_on_host, on_device
 
 
 class Moments(NamedTuple):
@@ -80,7 +80,7 @@ def adamw(
         old = zip(*map(jax.tree.leaves, (params, updates, state.mu, state.nu)), strict=True)
         new: list[tuple[Array, Array, Array]] = []
         for number, (p, g, mu, nu) in enumerate(old):
-            if new and on_host(mu):
+            if new and is_on_host(mu):
                 # Not before the last leaf is done: else all would be on the device at once.
                 mu, nu, *last = jax.lax.optimization_barrier((mu, nu, *new[-1]))
                 new[-1] = tuple(last)

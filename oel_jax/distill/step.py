@@ -16,7 +16,7 @@ from oel_jax.distill.lora import adapted
 from oel_jax.distill.packing import MicroBatch, View
 from oel_jax.distill.topk_kl import KLConfig, TokenStats, fused_topk_kl
 from oel_jax.models.config import ModelConfig
-from oel_jax.models.decoder import KeyValues, Params, Prefix, forward, head
+from oel_jax.models.decoder import CachedPrefix, KeyValues, Params, forward, output_matrix
 from oel_jax.parallel.mesh import merge_rows
 from oel_jax.parallel.offload import on_device
 
@@ -98,7 +98,7 @@ def _predicting(hidden: Float[Array, "B T D"], predict: Int[Array, "B R"]) -> Ar
 
 
 def _hidden(step: StepConfig, params: Params, view: View, cache: KeyValues | None, remat: str):
-    prefix = None if cache is None else Prefix(cache, view.shared)
+    prefix = None if cache is None else CachedPrefix(cache, view.shared)
     hidden = forward(
         step.model,
         params,
@@ -141,7 +141,7 @@ def micro_loss(
     stop = jax.lax.stop_gradient
     h_s = _hidden(step, student(), batch.student, None, step.remat)
     h_t = stop(_hidden(step, teacher, batch.teacher, cache, "none"))
-    w_s, w_t = (head(step.model, side) for side in (student(), teacher))
+    w_s, w_t = (output_matrix(step.model, side) for side in (student(), teacher))
     h_own = _hidden(step, student(), batch.teacher, own, step.remat) if step.own_view else None
     h_aim, w_aim = h_t, w_t
     if step.trust > 0:  # a mixture of logits is the sum of those of scaled hidden states
@@ -190,7 +190,7 @@ def sensitivity(
     """
     with_it = _hidden(step, teacher, batch.teacher, cache, "none")
     without = _hidden(step, teacher, batch.student, None, "none")
-    matrix = head(step.model, teacher)
+    matrix = output_matrix(step.model, teacher)
     jsd = KLConfig(1, step.kl.temperature, "jsd", "full", chunk=step.kl.chunk)
     sampled, weight = merge_rows(batch.sampled), merge_rows(batch.weight)
     return fused_topk_kl(jsd, without, matrix, with_it, matrix, sampled, weight)[1].kl

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from oel_jax.config.choices import CORRECTIONS, DIVERGENCES, SUPPORTS
 from oel_jax.distill.divergence import divergence_and_gradient
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import all_rows, parts, spec
+from oel_jax.parallel.mesh import all_rows, axis_size, spec
 from oel_jax.parallel.sums import rounded
 from oel_jax.parallel.vocabulary import LogSoftmax
 
@@ -229,7 +229,7 @@ def _add_outer(total: Array, grad: Array, hidden: Array, tiles: int = 16) -> Flo
 def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sampled, weight):
     """One device's share: its tokens, its part of the matrices; `size` is the vocabulary."""
     count, rows = h_s.shape[0], w_s.shape[0]
-    devices, tp = parts("fsdp"), parts("tp")
+    devices, tp = axis_size("fsdp"), axis_size("tp")
     each = -(-cfg.chunk_for(count * devices) // devices)
     each += -each % tp  # as many whole rows for each device along tp
     extra = -count % each
@@ -252,7 +252,7 @@ def _local(cfg: KLConfig, size: int, with_grad: bool, h_s, w_s, h_t, w_t, sample
         if not with_grad:
             return d_matrix, (stats, None)
         grad = _logit_gradient(cfg, z.shape, weight, found).astype(h_s.dtype)
-        grad = vocab.split_rows(grad)
+        grad = vocab.slices_of_rows(grad)
         d_hidden = jnp.einsum("cv,vd->cd", grad, w_s, preferred_element_type=jnp.float32)
         d_hidden = rounded(vocab.summed_rows(d_hidden), h_s.dtype)
         learned = jnp.where(all_rows(chunk.weight)[:, None] == 0, 0, hidden)  # 0 x NaN is NaN

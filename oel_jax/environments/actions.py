@@ -17,7 +17,7 @@ def parse_action(response: str) -> str:
     blanks matter (`[UP]` and `[ up ]` are no actions). The last one by position wins; w, a, s and d
     become words. The result is wrapped in brackets, as the games expect it.
     """
-    words = _ACTION.findall(answers.whole(response))
+    words = _ACTION.findall(answers.full_response(response))
     if not words:
         return NO_ACTION
     return f"[{_KEYS.get(words[-1], words[-1])}]"

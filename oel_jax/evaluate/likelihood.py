@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.models.config import ModelConfig
-from oel_jax.models.decoder import Params, forward, head
+from oel_jax.models.decoder import Params, forward, output_matrix
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import padded_length
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import all_rows, parts, put_batch, spec
+from oel_jax.parallel.mesh import all_rows, axis_size, put_batch, spec
 
 _CHUNK = 512  # scored tokens whose logits exist at the same time, of all devices together
 
@@ -126,14 +126,14 @@ def _score(
     hidden = jnp.take_along_axis(hidden, columns[:, :, None], axis=1)
     run = partial(_local, cfg.vocab_size)
     if jax.sharding.get_abstract_mesh().empty:
-        return run(hidden, head(cfg, params), targets)
+        return run(hidden, output_matrix(cfg, params), targets)
     rows = spec("batch", None)
     return jax.shard_map(
         run,
         in_specs=(spec("batch", None, None), vocab.AT_REST, rows),
         out_specs=(rows, rows),
         check_vma=False,
-    )(hidden, head(cfg, params), targets)
+    )(hidden, output_matrix(cfg, params), targets)
 
 
 def _local(
@@ -143,9 +143,9 @@ def _local(
     targets: Int[Array, "b C"],
 ) -> tuple[Float[Array, "b C"], Bool[Array, "b C"]]:
     """One device's rows and its part of the output matrix."""
-    count, devices = targets.size, parts("fsdp")
+    count, devices = targets.size, axis_size("fsdp")
     size = -(-min(_CHUNK, count * devices) // devices)
-    size += -size % parts("tp")
+    size += -size % axis_size("tp")
     extra = -count % size
     matrix = vocab.spread(matrix)
 

@@ -61,8 +61,8 @@ from oel_jax.learner.teacher import Teacher
 from oel_jax.models.language_model import DTYPES
 from oel_jax.parallel import processes
 from oel_jax.parallel.lookout import Lookout
-from oel_jax.parallel.mesh import on_host, put_batch
-from oel_jax.parallel.offload import delete_on_host, parts, to_device
+from oel_jax.parallel.mesh import gather_to_host, put_batch
+from oel_jax.parallel.offload import delete_on_host, offloaded_parts, to_device
 from oel_jax.runs.checkpoints import RoundCheckpoints
 from oel_jax.runs.console import Progress, waiting
 from oel_jax.runs.policies import load_policy, policy_directory, sampler_params
@@ -278,7 +278,7 @@ def _samples(this: _Round, state: TrainState) -> tuple[list[Sample], int]:
         episodes = episodes_of_step(config, this.episodes.store, "demonstrate", step.number)
         return demonstrator_samples(config, step, episodes, teacher)
     this.progress.say("the student answers")
-    away = "teacher" in parts(config.consolidate)
+    away = "teacher" in offloaded_parts(config.consolidate)
     with teacher.in_host_memory() if away else nullcontext():
         episodes = episodes_of_step(config, this.episodes.store, "deploy", step.number)
         # Nothing here holds on to these weights: in bfloat16 they are a copy that has to go.
@@ -288,7 +288,7 @@ def _samples(this: _Round, state: TrainState) -> tuple[list[Sample], int]:
             episodes,
             sampler_params(
                 config,
-                on_host(
+                gather_to_host(
                     compute_weights(state, teacher.model.params, this.step), run.mesh, run.host
                 ),
             ),

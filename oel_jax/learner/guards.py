@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oel_jax.parallel import processes
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 # Guarded metric of consolidation -> field of config.guard with its band, as factors of the start.
 BANDS = {"response_tokens": "response_tokens", "student_entropy": "entropy"}

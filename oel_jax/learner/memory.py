@@ -18,7 +18,7 @@ from oel_jax.learner.student import TrainState
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.decoder import Params
 from oel_jax.parallel.mesh import device_bytes
-from oel_jax.parallel.offload import parts
+from oel_jax.parallel.offload import offloaded_parts
 from oel_jax.runs.metrics import table
 from oel_jax.sampler.sampler import Sampler
 
@@ -39,7 +39,7 @@ def held_bytes(
 ) -> dict[str, int]:
     """Bytes of one device that live through an optimizer step, by name."""
     name = "adapter, float32" if config.lora.rank else "student, float32"
-    away = parts(config.consolidate)
+    away = offloaded_parts(config.consolidate)
     held = {
         name: device_bytes(state.params),
         "AdamW's moments": 0 if "optimizer" in away else device_bytes(state.optimizer),

@@ -17,8 +17,7 @@ import numpy as np
 from oel_jax.distill.step import PLACES, Sums, Update
 from oel_jax.learner.teacher import KnowledgePrefix, cache_bytes
 from oel_jax.runs.console import Progress
-from oel_jax.runs.metrics import Metrics, NoMetrics, Value, mean_values, table
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import Metrics, NoMetrics, Value, mean_values, read_metrics, table
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from oel_jax.models.decoder import Params
 from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
-from oel_jax.parallel.offload import parts, to_device, to_host
+from oel_jax.parallel.offload import offloaded_parts, to_device, to_host
 from oel_jax.runs.checkpoints import RoundCheckpoints
 from oel_jax.runs.keys import generation_key
 from oel_jax.runs.policies import load_policy, policy_directory
@@ -120,7 +120,7 @@ def put_away(config: ml_collections.ConfigDict, state: TrainState) -> TrainState
 
     That is what `config.consolidate.offload` names; the rest stays where it is.
     """
-    away = parts(config.consolidate)
+    away = offloaded_parts(config.consolidate)
     if "masters" in away:
         state = replace(state, params=to_host(state.params))
     if "optimizer" in away:

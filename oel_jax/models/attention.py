@@ -31,7 +31,7 @@ class _Tiles(NamedTuple):
     prefix: int
 
 
-class Reach(NamedTuple):
+class TileReach(NamedTuple):
     """Which key tiles a query tile works on: own ones from `first` on, prefix ones up to `shared`.
 
     Its own last one is the one with its last query.
@@ -50,7 +50,7 @@ class _Rows(NamedTuple):
     query_segments: Int[Array, "blocks Q"]
     key_segments: Int[Array, " S"]
     shared: Int[Array, "blocks Q"]
-    reach: Reach
+    reach: TileReach
 
 
 class _Prefix(NamedTuple):
@@ -140,7 +140,7 @@ def _on_devices(function, arrays: tuple[Array, ...], returns: str):
 
 def reach(
     segments: Int[Array, "B T"], shared: Int[Array, "B T"], queries: int, keys: int, prefix: int
-) -> Reach:
+) -> TileReach:
     """What each query tile works on, for these sizes of tiles, [B, blocks].
 
     A key tile is left out if it cannot have a segment of the query tile: the ranges of their ids,
@@ -167,7 +167,7 @@ def reach(
     meets = (key_low <= high) & (low <= key_high) & (tile < own[:, None])
     first = jnp.where(meets, tile, own[:, None]).min(-1)
     shared = jnp.pad(shared, ((0, 0), (0, -length % queries)))
-    return Reach(first, -(-shared.reshape(-1, count, queries).max(-1) // prefix))
+    return TileReach(first, -(-shared.reshape(-1, count, queries).max(-1) // prefix))
 
 
 def _cut(block: int, q, k, v, segments, keys, values, shared) -> tuple[_Tiles, _Rows, _Prefix]:
@@ -223,8 +223,8 @@ def _over_rows(function, tiles: _Tiles, rows: _Rows, *rest: Array):
 
     def at_once(all_rows):
         rows, *rest = all_rows
-        joint = Reach(rows.reach.first.min(0), rows.reach.shared.max(0))
-        axes = _Rows(*[0] * 6, Reach(None, None)), *[0] * len(rest)
+        joint = TileReach(rows.reach.first.min(0), rows.reach.shared.max(0))
+        axes = _Rows(*[0] * 6, TileReach(None, None)), *[0] * len(rest)
         return jax.vmap(function, in_axes=axes)(rows._replace(reach=joint), *rest)
 
     def together(*all_rows):

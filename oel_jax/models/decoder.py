@@ -72,7 +72,7 @@ class KeyValues(NamedTuple):
     values: Float[Array, "L *B K S H"]
 
 
-class Prefix(NamedTuple):
+class CachedPrefix(NamedTuple):
     """A prefix shared by all rows; token t of row b sees its first `length[b, t]` positions."""
 
     cache: KeyValues
@@ -223,7 +223,7 @@ def param_shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
     return shardings(mesh, param_axes(cfg))
 
 
-def head(cfg: ModelConfig, params: Params) -> Float[Array, "V D"]:
+def output_matrix(cfg: ModelConfig, params: Params) -> Float[Array, "V D"]:
     """The output matrix: the embedding itself when tied."""
     return params["embed"] if cfg.tie_embeddings else params["lm_head"]
 
@@ -254,7 +254,7 @@ def forward(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     *,
-    prefix: Prefix | None = None,
+    prefix: CachedPrefix | None = None,
     remat: str = "none",
     block: int = 256,
     keep: Callable[[Array], Array] | None = None,
@@ -304,7 +304,7 @@ def unembed(cfg: ModelConfig, params: Params, hidden: Float[Array, "*B D"]) -> F
     return jnp.einsum(
         "...d,vd->...v",
         hidden,
-        constrain(head(cfg, params), "vocab", None),
+        constrain(output_matrix(cfg, params), "vocab", None),
         preferred_element_type=jnp.float32,
         out_sharding=out_spec("batch", *lead, "vocab"),
     )

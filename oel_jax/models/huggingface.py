@@ -25,7 +25,7 @@ from oel_jax.models.decoder import param_shardings
 from oel_jax.models.weight_files import (
     INDEX,
     SINGLE,
-    Stored,
+    StoredTensor,
     all_finite,
     check_tied,
     open_weights,
@@ -106,7 +106,7 @@ def _load_leaf(
 def _read_slices(
     weight: Weight,
     layout: Layout,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
     check: bool,
     index: tuple[slice, ...],
@@ -126,7 +126,7 @@ def _read_slices(
     return out
 
 
-def _not_finite(stored: Stored, view: np.ndarray, dtype: np.dtype) -> UserError:
+def _not_finite(stored: StoredTensor, view: np.ndarray, dtype: np.dtype) -> UserError:
     """What to say about a tensor that has become NaN or infinite."""
     bad = int((~np.isfinite(view.astype(np.float32))).sum())
     where = f"{stored.file.path}: {stored.name}"
@@ -182,7 +182,7 @@ def save_model(
 
     def value(name: str) -> np.ndarray:
         leaf, layer, layout = places[name]
-        array = processes.to_host(leaf if layer is None else leaf[layer])
+        array = processes.to_numpy(leaf if layer is None else leaf[layer])
         return layout.to_theirs(np.asarray(array).astype(dtype))
 
     if processes.is_first():

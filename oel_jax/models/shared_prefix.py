@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from oel_jax.models.cache_storage import to_stored
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues, Params, forward
-from oel_jax.parallel.mesh import parts, put_batch, spec
+from oel_jax.parallel.mesh import axis_size, put_batch, spec
 
 PREFIX = spec(None, "kv_heads", "prefix", None)  # an encoded prefix at rest, [L, K, P, H]
 
@@ -57,7 +57,7 @@ def _own_positions(side: Float[Array, "B K T H"]) -> Float[Array, "K T H"]:
         return side[0]
 
     def local(side: Array) -> Array:
-        size = side.shape[2] // parts("fsdp")
+        size = side.shape[2] // axis_size("fsdp")
         first = jax.lax.axis_index("fsdp") * size
         return jax.lax.dynamic_slice_in_dim(side[0], first, size, axis=1)
 

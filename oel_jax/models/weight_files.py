@@ -28,7 +28,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor of a checkpoint: its file, and its name there."""
 
     file: SafetensorsFile
@@ -48,7 +48,7 @@ class Stored:
         return self.file.tensor(self.name)
 
 
-def open_weights(directory: Path, cfg: ModelConfig) -> dict[str, Stored]:
+def open_weights(directory: Path, cfg: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that a model with this config has, by name, checked by the headers alone.
 
     A model that shares its embedding with `lm_head` is whole with either of the two; both names
@@ -76,11 +76,11 @@ def open_weights(directory: Path, cfg: ModelConfig) -> dict[str, Stored]:
     return stored
 
 
-def _find(directory: Path) -> dict[str, Stored]:
+def _find(directory: Path) -> dict[str, StoredTensor]:
     """All tensors, from the single file or from the index (preferred as in transformers)."""
     if (directory / SINGLE).exists():
         file = SafetensorsFile(directory / SINGLE)
-        return {name: Stored(file, name) for name in file.entries}
+        return {name: StoredTensor(file, name) for name in file.entries}
     if not (directory / INDEX).exists():
         others = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
         hint = f" ({', '.join(others[:3])} is not read; convert it)" if others else ""
@@ -104,7 +104,7 @@ def _find(directory: Path) -> dict[str, Stored]:
     stored = {}
     for shard in shards:
         file = SafetensorsFile(directory / shard)
-        stored |= {n: Stored(file, n) for n in file.entries if placed.get(n, shard) == shard}
+        stored |= {n: StoredTensor(file, n) for n in file.entries if placed.get(n, shard) == shard}
     return stored
 
 
@@ -123,7 +123,7 @@ def incomplete(directory: Path) -> str | None:
 
 
 def _problems(
-    cfg: ModelConfig, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]
+    cfg: ModelConfig, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
     """One line for each kind of tensor that does not fit, with names."""
     present = {name for name in stored if not _COMPUTED.search(name)}
@@ -151,7 +151,7 @@ def _problems(
             yield f"  {len(names)} {what}: {', '.join(names[:20])}{more}"
 
 
-def _contradictions(cfg: ModelConfig, stored: Mapping[str, Stored]) -> Iterator[str]:
+def _contradictions(cfg: ModelConfig, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
     """What config.json says and what the weights have, where these differ."""
     layers = {int(found[1]) for name in stored if (found := _LAYER.match(name))}
     if layers and len(layers) != cfg.num_layers:
@@ -185,7 +185,7 @@ def _contradictions(cfg: ModelConfig, stored: Mapping[str, Stored]) -> Iterator[
             yield f"{field} is {number}, {name} has {found} rows"
 
 
-def check_tied(directory: Path, cfg: ModelConfig, stored: Mapping[str, Stored]) -> None:
+def check_tied(directory: Path, cfg: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
     """A tied model may hold an `lm_head` too, but only a copy of the embedding; reads both.
 
     transformers would use both, although config.json says that they are one.

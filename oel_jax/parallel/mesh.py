@@ -140,7 +140,7 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def on_host(tree: Any, mesh: Mesh, host: Mesh) -> Any:
+def gather_to_host(tree: Any, mesh: Mesh, host: Mesh) -> Any:
     """Arrays split over a mesh of several processes -> the same, whole, on each process's own part.
 
     Nothing is copied where there is one process.
@@ -163,7 +163,7 @@ def on_host(tree: Any, mesh: Mesh, host: Mesh) -> Any:
     return jax.tree.map(own, tree)
 
 
-def whole(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Weights that every device of 'fsdp' holds whole; the split over 'tp' stays.
 
     A sampler that reads them gathers nothing between tokens.
@@ -192,7 +192,7 @@ def out_spec(*logical: str | None) -> P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec(*logical)
 
 
-def parts(axis: str) -> int:
+def axis_size(axis: str) -> int:
     """Devices along a mesh axis; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[axis]
@@ -200,7 +200,7 @@ def parts(axis: str) -> int:
 
 def all_rows(x: jax.Array) -> jax.Array:
     """[r, ...] -> [fsdp * r, ...]: the rows of all devices along 'fsdp'; inside `shard_map`."""
-    return x if parts("fsdp") == 1 else jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+    return x if axis_size("fsdp") == 1 else jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
 
 
 def merge_rows(x: jax.Array) -> jax.Array:

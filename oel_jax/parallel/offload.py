@@ -15,7 +15,7 @@ from oel_jax.base.errors import UserError
 HOST = "pinned_host"  # the memory kind, as JAX names it
 
 
-def parts(section: Any) -> frozenset[str]:
+def offloaded_parts(section: Any) -> frozenset[str]:
     """What `config.consolidate` wants in host memory."""
     return frozenset(section.offload)
 
@@ -30,7 +30,7 @@ def check_offload(section: Any, mesh: jax.sharding.Mesh) -> None:
     # Devices of another process cannot be asked, but they are of the same kind.
     local = [other for other in mesh.devices.flat if other in jax.local_devices()]
     kinds = {memory.kind for memory in (local or [device])[0].addressable_memories()}
-    if parts(section) and HOST not in kinds:
+    if offloaded_parts(section) and HOST not in kinds:
         raise UserError(
             f"config.consolidate.offload is {section.offload!r}, but {device.device_kind} devices "
             f"have no memory of kind {HOST!r} (only {', '.join(sorted(kinds))}); set it to ()"
@@ -63,16 +63,16 @@ def _put(tree: Any, kind: str) -> Any:
     return jax.tree.map(put, tree)
 
 
-def on_host(leaf: Array) -> bool:
+def is_on_host(leaf: Array) -> bool:
     """Inside jit: whether it is in host memory."""
     return jax.typeof(leaf).memory_space == jax.memory.Space.Host
 
 
 def on_device(leaf: Array) -> Array:
     """Inside jit: in device memory, whichever it is in."""
-    return jax.device_put(leaf, jax.memory.Space.Device) if on_host(leaf) else leaf
+    return jax.device_put(leaf, jax.memory.Space.Device) if is_on_host(leaf) else leaf
 
 
 def back(new: Array, old: Array) -> Array:
     """Inside jit: `new` in the memory that `old` is in."""
-    return jax.device_put(new, jax.memory.Space.Host) if on_host(old) else new
+    return jax.device_put(new, jax.memory.Space.Host) if is_on_host(old) else new

@@ -213,7 +213,7 @@ def first_does(name: str, work: Callable[[], None]) -> None:
     wait(name)
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_numpy(array: jax.Array) -> np.ndarray:
     """An array as NumPy on every process, wherever it is."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(jax.device_get(array))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oel_jax.parallel.mesh import parts
+from oel_jax.parallel.mesh import axis_size
 
 
 def summed_over_rows(total: Float[Array, "..."], split: int | None) -> Float[Array, "..."]:
@@ -16,7 +16,7 @@ def summed_over_rows(total: Float[Array, "..."], split: int | None) -> Float[Arr
 
     Each device keeps its part of dimension `split`, or all where that is None.
     """
-    if parts("fsdp") == 1:
+    if axis_size("fsdp") == 1:
         return total
     if split is None:
         return jax.lax.psum(total, "fsdp")

@@ -6,7 +6,7 @@ An embedding or output matrix rests as [V / tp, D / fsdp] on a device. Nobody ev
               all-to-all of 1 / N of its bytes. A few hidden states are gathered over 'fsdp', each
               device makes the logits of its columns, and `whole_rows` exchanges these so that a
               device has all columns of a few rows. What follows (softmax, top-k, a draw, a loss)
-              is then the code of one device. `split_rows` is the way back, for gradients.
+              is then the code of one device. `slices_of_rows` is the way back, for gradients.
     input     `lookup` reads the device's D / fsdp columns for the tokens of all devices and
               exchanges them for all columns of its own tokens.
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float, Int
 
-from oel_jax.parallel.mesh import all_rows, parts, spec
+from oel_jax.parallel.mesh import all_rows, axis_size, spec
 from oel_jax.parallel.sums import rounded
 
 AT_REST = spec("vocab", "embed")  # an embedding or output matrix
@@ -34,7 +34,7 @@ SPREAD = P(("tp", "fsdp"), None)  # the same with rows over all devices
 
 def _exchange(x: Array, axis: str, split: int, concat: int) -> Array:
     """All-to-all: dimension `split` is divided among the devices, `concat` becomes whole."""
-    if parts(axis) == 1:
+    if axis_size(axis) == 1:
         return x
     return jax.lax.all_to_all(x, axis, split, concat, tiled=True)
 
@@ -51,7 +51,7 @@ def _pad(x: Array, dimension: int, multiple: int) -> Array:
 
 def spread(matrix: Float[Array, "V/tp D/fsdp"]) -> Float[Array, "V/N D"]:
     """A matrix at rest -> its rows over all devices; rows of zeros fill up each tp slice."""
-    return _exchange(_pad(matrix, 0, parts("fsdp")), "fsdp", 0, 1)
+    return _exchange(_pad(matrix, 0, axis_size("fsdp")), "fsdp", 0, 1)
 
 
 def unspread(matrix: Float[Array, "V/N D"], rows: int) -> Float[Array, "V/tp D/fsdp"]:
@@ -68,9 +68,9 @@ def spread_over_all(matrix: Float[Array, "V D"]) -> Float[Array, "W D"]:
 
 def summed_rows(x: Float[Array, "fsdp*r D"]) -> Float[Array, "r D"]:
     """Sum of what all devices have for one's own rows: the gradient of `all_rows`."""
-    if parts("fsdp") > 1:
+    if axis_size("fsdp") > 1:
         x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
-    return x if parts("tp") == 1 else jax.lax.psum(x, "tp")
+    return x if axis_size("tp") == 1 else jax.lax.psum(x, "tp")
 
 
 def logits(
@@ -82,19 +82,19 @@ def logits(
 
 def whole_rows(z: Float[Array, "fsdp*r V/N"], size: int) -> Float[Array, "r/tp V"]:
     """All columns of one's own rows; `size` = V. r must be a multiple of tp."""
-    z = _exchange(z, "fsdp", 0, 1)[:, : size // parts("tp")]
+    z = _exchange(z, "fsdp", 0, 1)[:, : size // axis_size("tp")]
     return _exchange(z, "tp", 0, 1)
 
 
-def split_rows(z: Float[Array, "r/tp V"]) -> Float[Array, "fsdp*r V/N"]:
+def slices_of_rows(z: Float[Array, "r/tp V"]) -> Float[Array, "fsdp*r V/N"]:
     """The way back of `whole_rows`; zeros in the padding."""
     z = _exchange(z, "tp", 1, 0)
-    return _exchange(_pad(z, 1, parts("fsdp")), "fsdp", 1, 0)
+    return _exchange(_pad(z, 1, axis_size("fsdp")), "fsdp", 1, 0)
 
 
 def my_rows(x: Array) -> Array:
     """[r, ...] -> [r / tp, ...]: the rows that `whole_rows` makes whole on this device."""
-    count = parts("tp")
+    count = axis_size("tp")
     if count == 1:
         return x
     size = x.shape[0] // count
@@ -103,7 +103,7 @@ def my_rows(x: Array) -> Array:
 
 def joined_rows(x: Array) -> Array:
     """[r / tp, ...] -> [r, ...]: what `my_rows` did, undone."""
-    return x if parts("tp") == 1 else jax.lax.all_gather(x, "tp", axis=0, tiled=True)
+    return x if axis_size("tp") == 1 else jax.lax.all_gather(x, "tp", axis=0, tiled=True)
 
 
 # --- the embedding --------------------------------------------------------------------------------
@@ -134,13 +134,13 @@ def _local_lookup(table: Float[Array, "V/tp D/fsdp"], ids: Int[Array, "b T"]) ->
     columns, here = _columns(table.shape[0], ids)
     x = jnp.where(here[..., None], table.at[columns].get(mode="clip"), 0)
     x = _exchange(x, "fsdp", 0, 2)
-    return x if parts("tp") == 1 else jax.lax.psum(x, "tp")
+    return x if axis_size("tp") == 1 else jax.lax.psum(x, "tp")
 
 
 def _columns(size: int, ids: Int[Array, "b T"]) -> tuple[Array, Array]:
     """Rows of the local table for the ids of all devices, and which of them it has."""
-    ids = jnp.clip(all_rows(ids), 0, size * parts("tp") - 1)
-    if parts("tp") > 1:
+    ids = jnp.clip(all_rows(ids), 0, size * axis_size("tp") - 1)
+    if axis_size("tp") > 1:
         ids = ids - jax.lax.axis_index("tp") * size
     return ids, (ids >= 0) & (ids < size)
 
@@ -153,7 +153,7 @@ def _lookup_backward(saved: tuple, d_x: Float[Array, "B T D"]) -> tuple[Array, N
     table, ids = saved
 
     def local(d_x: Array, ids: Array) -> Float[Array, "V/tp D/fsdp"]:
-        size = table.shape[0] // parts("tp")
+        size = table.shape[0] // axis_size("tp")
         columns, here = _columns(size, ids)
         d_x = _exchange(d_x, "fsdp", 2, 0)
         # Another device's id goes to a row that does not exist, and is dropped there.

@@ -202,11 +202,11 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
     given, best, why = plan(config, target, assumed, compiling=not options.no_compile)
     name = Path(options.config.partition(":")[0]).name
     if given is not None:
-        print(report.whole(given, name))
+        print(report.full_report(given, name))
     if not why:
         _say_quicker(given)
     if best is not None:
-        print(f"\n=== this would fit: {flags(best)} ===\n\n{report.whole(best, name)}")
+        print(f"\n=== this would fit: {flags(best)} ===\n\n{report.full_report(best, name)}")
     elif why:
         print(
             f"\nno mesh and number of slots of {target.text} was found that fits; take more "

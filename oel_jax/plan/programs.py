@@ -27,7 +27,7 @@ from oel_jax.models.language_model import DTYPES
 from oel_jax.models.lengths import padded_length
 from oel_jax.models.shared_prefix import PREFIX, encode_rows
 from oel_jax.parallel.mesh import device_bytes, spec, whole_place
-from oel_jax.parallel.offload import HOST, parts
+from oel_jax.parallel.offload import HOST, offloaded_parts
 from oel_jax.plan.workload import Layout, Workload
 from oel_jax.runs.policies import sampler_params
 from oel_jax.runs.samplers import sampling
@@ -135,7 +135,7 @@ class Arrays:
         """The optimizer's state, placed as `jax.jit(tx.init)` places it: like the parameters."""
         whole = jax.NamedSharding(self.layout.mesh, P())
         places = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(self.masters)}
-        kind = HOST if "optimizer" in parts(self.config.consolidate) else "device"
+        kind = HOST if "optimizer" in offloaded_parts(self.config.consolidate) else "device"
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape,
@@ -179,7 +179,7 @@ class Arrays:
 def held(arrays: Arrays) -> dict[str, int]:
     """Bytes of one device that live through an optimizer step, named as in `consolidate`."""
     a, texts = arrays, arrays.work.texts
-    away = parts(a.config.consolidate)
+    away = offloaded_parts(a.config.consolidate)
     found = {
         "adapter, float32" if a.lora else "student, float32": device_bytes(a.masters),
         "AdamW's moments": 0 if "optimizer" in away else device_bytes(a.moments),
@@ -214,7 +214,10 @@ def living(arrays: Arrays) -> dict[str, dict[str, int]]:
     stages["resume"] = kept | {"restored": sum(kept.values()), "teacher": step["teacher"]}
     # While the student answers there are no gradients, but a copy of it in the compute dtype.
     away = {"masters": "student, float32", "teacher": "teacher"}
-    absent = {"gradients, float32", *(away.get(part) for part in parts(a.config.consolidate))}
+    absent = {
+        "gradients, float32",
+        *(away.get(part) for part in offloaded_parts(a.config.consolidate)),
+    }
     answering = {name: size for name, size in step.items() if name not in absent}
     if a.config.consolidate.mode == "on_policy":
         if a.lora:  # the teacher's own arrays, and the adapter
@@ -358,7 +361,7 @@ def _training(a: Arrays) -> Iterator[Program]:
 
 
 def _gathering(a: Arrays) -> Program:
-    """Export: the largest tensor, whole on every device, as `processes.to_host` asks for it."""
+    """Export: the largest tensor, whole on every device, as `processes.to_numpy` asks for it."""
     table = a.teacher["embed"] if a.lora else a.masters["embed"]
     whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(a.layout.mesh, P()))
     given = {"teacher" if a.lora else "student": table}

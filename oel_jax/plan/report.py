@@ -149,7 +149,7 @@ def round_hours(plan: Plan) -> str:
     )
 
 
-def whole(plan: Plan, name: str) -> str:
+def full_report(plan: Plan, name: str) -> str:
     """The report."""
     parts = [headline(plan, name)]
     if plan.compiled:

@@ -12,7 +12,7 @@ from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json
 from oel_jax.config.old_values import saved_config
 from oel_jax.report.gains import gains
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.workdir import Workdir, samples_of
 
 

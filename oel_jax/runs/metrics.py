@@ -229,7 +229,7 @@ class NoMetrics:
         pass
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a `metrics.jsonl`; half a line at the end (a kill) is ignored.
 
     Raises:

@@ -18,7 +18,7 @@ from oel_jax.models.huggingface import resolve
 from oel_jax.models.language_model import LanguageModel, load_model
 from oel_jax.models.weight_files import open_weights
 from oel_jax.parallel import processes
-from oel_jax.parallel.mesh import whole
+from oel_jax.parallel.mesh import replicate
 from oel_jax.parallel.offload import check_offload
 from oel_jax.runs.console import waiting
 from oel_jax.runs.workdir import Workdir
@@ -104,7 +104,7 @@ def load_player_of_round(
 
 
 def sampler_params(
-    config: ml_collections.ConfigDict, params: Params, gather: Callable[[Any], Any] = whole
+    config: ml_collections.ConfigDict, params: Params, gather: Callable[[Any], Any] = replicate
 ) -> Params:
     """Weights in the form in which the sampler reads them (`config.sampler.weights`).
 

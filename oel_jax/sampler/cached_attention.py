@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from oel_jax.models.cache_storage import Store, as_heads, read_block
-from oel_jax.parallel.mesh import all_rows, parts
+from oel_jax.parallel.mesh import all_rows, axis_size
 
 _MASKED = -1e30  # finite, so that a row that sees nothing stays finite
 
@@ -54,7 +54,7 @@ def prefill_attention(
     seen = _nothing(q, kv_heads)
     if bank[0].shape[2]:
         keys, at = bank, (layer, reach.prefix)
-        if parts("fsdp") > 1:
+        if axis_size("fsdp") > 1:
             keys = tuple(all_rows(side[layer, reach.prefix])[None, None] for side in bank)
             at = (0, 0)
         seen = _see_bank(q, kv_heads, keys, at, 1, reach.shared, 0, reach.longest, block[1])
@@ -83,7 +83,7 @@ def decode_attention(
     seen, prefixes = _nothing(q, kv_heads), bank[0].shape[1]
     if bank[0].shape[2]:
         shared, longest = reach.shared, reach.longest
-        if parts("fsdp") == 1:
+        if axis_size("fsdp") == 1:
             seen = _see_bank(q, kv_heads, bank, (layer, 0), prefixes, shared, 0, longest, block[1])
         else:
             first = jax.lax.axis_index("fsdp") * bank[0].shape[2]
@@ -170,7 +170,7 @@ def _see_bank(
 
 def _merged(of_all: _Softmax) -> _Softmax:
     """What each device has seen for the rows of all -> for one's own rows, what all have seen."""
-    count = parts("fsdp")
+    count = axis_size("fsdp")
 
     def home(x: Array) -> Array:
         x = x.reshape(count, -1, *x.shape[1:])

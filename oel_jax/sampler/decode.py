@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.models.config import ModelConfig
-from oel_jax.models.decoder import KeyValues, Params, head, rms_norm
+from oel_jax.models.decoder import KeyValues, Params, output_matrix, rms_norm
 from oel_jax.parallel.mesh import merge_rows, spec, split_rows
 from oel_jax.parallel.vocabulary import spread_over_all
 from oel_jax.sampler.cached_layers import Reach, decode_layer, reach_of, through_layers
@@ -43,7 +43,7 @@ def decode(
       widths: every number of candidates that a busy slot has, see `sampling.sample`.
     """
 
-    matrix = spread_over_all(head(cfg, params))  # once, not at every step
+    matrix = spread_over_all(output_matrix(cfg, params))  # once, not at every step
     rows, wide = spec("batch"), spec("batch", None)
     look = per_device(partial(propose, size=draft), (wide, rows), wide)
 

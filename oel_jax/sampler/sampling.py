@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from oel_jax.parallel import vocabulary as vocab
-from oel_jax.parallel.mesh import all_rows, parts, spec
+from oel_jax.parallel.mesh import all_rows, axis_size, spec
 from oel_jax.sampler.requests import Sampling
 
 
@@ -138,7 +138,7 @@ def draw(
 
     def local(how, hidden, matrix, keys, count):
         rows = hidden.shape[0]
-        more = -rows % parts("tp")  # each device along tp draws for equally many
+        more = -rows % axis_size("tp")  # each device along tp draws for equally many
 
         def padded(x: Array) -> Array:
             return jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1), mode="edge")

@@ -29,7 +29,7 @@ from oel_jax.models.cache_storage import (
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues
 from oel_jax.models.shared_prefix import PREFIX
-from oel_jax.parallel.mesh import all_rows, parts, spec
+from oel_jax.parallel.mesh import all_rows, axis_size, spec
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.sampling import RowSampling
 
@@ -251,7 +251,7 @@ def put_prefix(state: SlotState, number: Int[Array, ""], prefix: KeyValues) -> S
             whole = all_rows(from_stored(new[layer]).swapaxes(0, 1))
             whole = as_stored_in(bank, whole)
             size = bank.shape[2]
-            first = 0 if parts("fsdp") == 1 else jax.lax.axis_index("fsdp") * size
+            first = 0 if axis_size("fsdp") == 1 else jax.lax.axis_index("fsdp") * size
             place = first + jnp.arange(size)
             mine = whole.at[place].get(mode="fill", fill_value=0)
             start = (layer, number, *[0] * (bank.ndim - 2))

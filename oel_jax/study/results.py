@@ -12,8 +12,7 @@ import numpy as np
 from oel_jax import environments
 from oel_jax.base.files import read_json
 from oel_jax.report.intervals import mean_over_seeds, paired_difference, seeds_and_boards_interval
-from oel_jax.runs.metrics import read as read_metrics
-from oel_jax.runs.metrics import table
+from oel_jax.runs.metrics import read_metrics, table
 from oel_jax.runs.workdir import Workdir
 from oel_jax.study.definitions import Expectation, Measure, Planned, Point, Study
 

@@ -14,8 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from oel_jax.base.files import read_json, write_json
-from oel_jax.runs.metrics import Metrics, NoMetrics
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import Metrics, NoMetrics, read_metrics
 from oel_jax.runs.stages import function, stage_named
 from oel_jax.runs.workdir import Workdir, sha256
 from oel_jax.study.shares import SCHEMA, Shares

@@ -10,7 +10,7 @@ from oel_jax.actor.deploy import deploy
 from oel_jax.base.errors import UserError
 from oel_jax.data.prompts import play_prompt
 from oel_jax.data.trajectory_files import read
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 
 def played(workdir):

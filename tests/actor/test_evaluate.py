@@ -10,7 +10,7 @@ from oel_jax.actor.evaluate import _seen_boards
 from oel_jax.base.files import read_json
 from oel_jax.report.intervals import board_clustered_interval
 from oel_jax.runs.keys import chain_key
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 module = importlib.import_module("oel_jax.actor.evaluate")
 

@@ -17,7 +17,7 @@ from oel_jax.config.fields import is_free
 from oel_jax.data.messages import Context
 from oel_jax.data.prompts import play_prompt
 from oel_jax.report.intervals import paired_difference
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.stages import NAMES, stages_of
 from oel_jax.sampler.sampler import Sampler
 

@@ -24,7 +24,7 @@ from oel_jax.data.trajectory_files import read
 from oel_jax.distill import topk_kl
 from oel_jax.models import bundled
 from oel_jax.parallel import vocabulary
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 # By name: the package's attributes could be mistaken for the functions in them.
 consolidate, round_evaluation = (

@@ -39,7 +39,7 @@ from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh, put_batch
 from oel_jax.runs.keys import generation_key
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.policies import policy_directory
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.requests import Request, Sampling, request_key

@@ -21,7 +21,14 @@ from oel_jax.distill.topk_kl import KLConfig
 from oel_jax.learner.memory import compile_step, memory_table, peak_memory
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.config import ModelConfig
-from oel_jax.models.decoder import Params, Prefix, forward, init_params, param_shardings, unembed
+from oel_jax.models.decoder import (
+    CachedPrefix,
+    Params,
+    forward,
+    init_params,
+    param_shardings,
+    unembed,
+)
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import common_prefix
 from oel_jax.parallel.mesh import device_bytes, make_mesh, put_batch
@@ -197,7 +204,7 @@ def test_cached_prefix_equals_uncached_teacher(teacher, samples):
     @jax.jit
     def with_cache(params, cache, own, shared):
         position = (shared + jnp.arange(own.shape[0]))[None]
-        prefix = Prefix(cache, jnp.full_like(position, shared))
+        prefix = CachedPrefix(cache, jnp.full_like(position, shared))
         ones = jnp.ones_like(position)
         return unembed(cfg, params, forward(cfg, params, own[None], position, ones, prefix=prefix))[
             0

@@ -38,7 +38,7 @@ from oel_jax.evaluate.tasks import PAPER_IFEVAL, select
 from oel_jax.models import bundled
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.runs.metrics import read
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.sampler.requests import Sampling
 
 pytestmark = pytest.mark.lm_eval
@@ -646,7 +646,9 @@ def test_all_policies_are_evaluated_once_and_results_are_kept(
         answers = (place / "lm_eval_ifeval.responses.jsonl").read_text().splitlines()[1:]
         tokens = [json.loads(line)["tokens"] for line in answers]
         assert result["response_tokens"] == pytest.approx(np.mean(tokens)) and max(tokens) <= 4
-        row = [r for r in read(workdir / "metrics.jsonl") if r["stage"] == "lm_eval_ifeval"][number]
+        row = [
+            r for r in read_metrics(workdir / "metrics.jsonl") if r["stage"] == "lm_eval_ifeval"
+        ][number]
         assert (row["round"], row["step"]) == (number, number)
         assert row["values"]["prompt_level_strict_acc"] == result["scores"][0]["value"]
     table = command.report(results)

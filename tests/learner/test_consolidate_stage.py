@@ -23,7 +23,7 @@ from oel_jax.models import bundled
 from oel_jax.models.language_model import load_model
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.report import page as report
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.sampler import Sampler
 

@@ -18,7 +18,7 @@ from oel_jax.data.prompts import extraction_history
 from oel_jax.data.trajectory_files import read
 from oel_jax.learner.contexts import check_other_run
 from oel_jax.learner.extract import extract
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.sampler.sampler import Sampler
 
 LATER = ("extract", "consolidate", "evaluate")

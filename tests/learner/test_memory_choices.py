@@ -13,7 +13,7 @@ from oel_jax.config.checks import validate
 from oel_jax.models import bundled
 from oel_jax.parallel.mesh import make_mesh
 from oel_jax.parallel.offload import check_offload
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.policies import check_model
 
 module = importlib.import_module("oel_jax.learner.consolidate")

@@ -38,7 +38,7 @@ from oel_jax.learner.selection import moved, selected
 from oel_jax.models import bundled
 from oel_jax.nano import skills
 from oel_jax.parallel.mesh import make_mesh, put_batch
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 PROMPTS = [situation(f"Board {'H' * (n % 5)}G{n}\n") for n in range(12)]
 TERMS = {

@@ -10,8 +10,8 @@ from tiers import meshes
 
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import (
+    CachedPrefix,
     KeyValues,
-    Prefix,
     abstract_params,
     forward,
     init_params,
@@ -111,7 +111,9 @@ def test_shared_prefix_equals_concatenation(small):
     suffix = tokens[:, 16:40]
     positions = (lengths[:, None] + np.arange(24)).astype(np.int32)
     seen = np.broadcast_to(lengths[:, None], suffix.shape).astype(np.int32)
-    ours = logits_of(cfg, params, suffix, positions, np.ones_like(suffix), Prefix(cache, seen))
+    ours = logits_of(
+        cfg, params, suffix, positions, np.ones_like(suffix), CachedPrefix(cache, seen)
+    )
     for row, length in enumerate(lengths):
         sequence = np.concatenate([common[0, :length], suffix[row]])[None]
         expected = logits_of(cfg, params, *plain_batch(sequence))[0, length:]

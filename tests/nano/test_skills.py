@@ -12,7 +12,7 @@ from oel_jax.models.huggingface import save_model
 from oel_jax.models.language_model import load_model
 from oel_jax.nano import skills
 from oel_jax.parallel.mesh import make_mesh
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 
 @pytest.fixture(autouse=True)

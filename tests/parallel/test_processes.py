@@ -17,7 +17,7 @@ from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json
 from oel_jax.data.trajectory_files import read
 from oel_jax.parallel import processes
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 DEVICES = 4  # in all
 

@@ -95,7 +95,7 @@ def test_rows_of_logits_are_whole_and_their_gradient_goes_back(shape):
     def local(hidden, wide, change):
         everyone = all_rows(hidden)
         z = vocabulary.whole_rows(vocabulary.logits(everyone, wide), 88)
-        part = vocabulary.split_rows(vocabulary.my_rows(change))
+        part = vocabulary.slices_of_rows(vocabulary.my_rows(change))
         d_hidden = vocabulary.summed_rows(part @ wide)
         return vocabulary.joined_rows(z), d_hidden, part.T @ everyone
 

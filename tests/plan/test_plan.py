@@ -487,7 +487,7 @@ def test_targets(monkeypatch):
     monkeypatch.setenv(targets.MEMORY_SHARE, "0.5")
     half = targets.find("h200:8")
     assert half.device.memory == targets.GPUS["h200"].memory // 2 and half.link == half.device.link
-    said = report.whole(planned("Qwen/Qwen3-8B", half), "x.py")
+    said = report.full_report(planned("Qwen/Qwen3-8B", half), "x.py")
     assert "not compiled: JAX's CUDA plugin is not installed here" in said
 
 

@@ -17,7 +17,7 @@ from oel_jax.learner import rollouts
 from oel_jax.parallel.mesh import make_mesh, spec
 from oel_jax.runs import checkpoints
 from oel_jax.runs.checkpoints import RoundCheckpoints
-from oel_jax.runs.metrics import read
+from oel_jax.runs.metrics import read_metrics
 
 
 def opened(directory, every=1, minutes=None, keep=1):
@@ -146,7 +146,9 @@ def test_a_notice_saves_the_step_and_the_run_goes_on_the_same(
     config = tiny_config(consolidate__save_every=save_every)
     owner, name, call, kept = PLACES[place]
     if not call:  # in the second step: after the micro-batches of the first one
-        rows = [r for r in read(finished_run / "metrics.jsonl") if r["stage"] == "consolidate"]
+        rows = [
+            r for r in read_metrics(finished_run / "metrics.jsonl") if r["stage"] == "consolidate"
+        ]
         call = int(rows[0]["values"]["micro_batches"]) + 1
     noticed_in(monkeypatch, owner, name, call)
     with pytest.raises(preemption.Preempted, match=f"step {kept} of 3 is kept"):

@@ -14,13 +14,13 @@ from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin
 from tensorboard.util import tensor_util
 
 from oel_jax.base.errors import UserError
-from oel_jax.runs.metrics import Metrics, duration, printable, read, table
+from oel_jax.runs.metrics import Metrics, duration, printable, read_metrics, table
 from oel_jax.runs.tensorboard import Axis
 from oel_jax.runs.workdir import Workdir
 
 
 def without_time(path):
-    return [{k: v for k, v in row.items() if k != "time"} for row in read(path)]
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(path)]
 
 
 def test_rows_hold_means_and_keep_time_apart(tmp_path):
@@ -28,7 +28,7 @@ def test_rows_hold_means_and_keep_time_apart(tmp_path):
     with Metrics(w, tensorboard=False) as metrics:
         values = {"loss": (3.0, 4), "empty": (0.0, 0), "norm": 2, "bad": float("nan")}
         metrics.scalars("consolidate", 3, values, round=1, time_values={"tokens/s": (100, 2)})
-    (row,) = read(w.metrics_file)
+    (row,) = read_metrics(w.metrics_file)
     assert row["values"] == {"loss": 0.75, "norm": 2.0, "bad": "NaN"}
     assert (row["stage"], row["round"], row["step"]) == ("consolidate", 1, 3)
     assert row["time"]["tokens/s"] == 50 and row["time"]["at"] > 1.6e9
@@ -227,7 +227,7 @@ def test_rewind_touches_only_its_stage_and_round(tmp_path):
                 metrics.scalars(stage, step, {"x": 1}, round=round_number)
         metrics.rewind("consolidate", 2, 0)
         metrics.rewind("consolidate", 1, 1)
-    left = [(row["stage"], row["round"], row["step"]) for row in read(w.metrics_file)]
+    left = [(row["stage"], row["round"], row["step"]) for row in read_metrics(w.metrics_file)]
     assert left == [("extract", 1, 1), ("extract", 1, 2), ("consolidate", 1, 1)]
 
 
@@ -235,7 +235,7 @@ def test_rows_are_on_disk_at_once_and_a_cut_last_line_goes(tmp_path):
     w = Workdir(tmp_path)
     metrics = Metrics(w, tensorboard=False)
     metrics.scalars("deploy", 1, {"x": 1})
-    assert len(read(w.metrics_file)) == 1
+    assert len(read_metrics(w.metrics_file)) == 1
     metrics.close()
     with w.metrics_file.open("ab") as file:
         file.write(b'{"stage"')
@@ -250,7 +250,7 @@ def test_a_damaged_line_elsewhere_is_named(tmp_path):
         Metrics(w, tensorboard=False)
     w.metrics_file.write_text(json.dumps([1]) + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl:1"):
-        read(w.metrics_file)
+        read_metrics(w.metrics_file)
 
 
 def test_duration_and_table():

@@ -11,7 +11,7 @@ from tiers import meshes
 
 from oel_jax.evaluate import likelihood
 from oel_jax.models.language_model import load_model
-from oel_jax.parallel.mesh import make_mesh, whole
+from oel_jax.parallel.mesh import make_mesh, replicate
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.decode import decode
 from oel_jax.sampler.pace import Pace
@@ -187,7 +187,7 @@ def gathered(sampler, params):
 def test_whole_weights_say_the_same_and_gather_nothing_of_them(model, requests, shape):
     mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
     split = load_model(model.directory, mesh=mesh).params
-    both = {"split": split, "whole": split | {"layers": whole(split["layers"])}}
+    both = {"split": split, "whole": split | {"layers": replicate(split["layers"])}}
     samplers = {name: make(model, mesh) for name in both}
     said = {name: samplers[name].generate(both[name], requests[:10]) for name in both}
     assert [a.ids for a in said["whole"]] == [a.ids for a in said["split"]]
