@@ -29,7 +29,7 @@ from oel_jax.data.trajectory_files import read
 from oel_jax.distill.packing import Sample
 from oel_jax.evaluate.likelihood import score
 from oel_jax.learner.contexts import contexts_of_round
-from oel_jax.learner.heldout import divergence
+from oel_jax.learner.heldout import heldout_divergence
 from oel_jax.learner.rollouts import all_answers
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.language_model import LanguageModel
@@ -246,7 +246,7 @@ class _Heldout:
                     point.episode,
                 )
             )
-        return divergence(self._run.config, model, self._teacher, samples)._asdict()
+        return heldout_divergence(self._run.config, model, self._teacher, samples)._asdict()
 
     def _approved(self, model: LanguageModel) -> dict[str, float] | None:
         """Mean log-probability of a token of the answers that users have approved."""

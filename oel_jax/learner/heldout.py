@@ -38,7 +38,7 @@ def _measured(params, teacher, cache, batch, *, step: StepConfig) -> Sums:
     return micro_loss(params, teacher, cache, batch, step=step)[1]
 
 
-def divergence(
+def heldout_divergence(
     config: ml_collections.ConfigDict,
     student: LanguageModel,
     teacher: Teacher,

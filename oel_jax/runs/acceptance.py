@@ -108,7 +108,7 @@ def refused(workdir: Workdir) -> dict[str, dict[str, str]]:
     return stored["refused"]
 
 
-def refuse(workdir: Workdir, name: str, reason: str) -> None:
+def refuse_policy(workdir: Workdir, name: str, reason: str) -> None:
     """Record that a policy is not to be served.
 
     Raises:
@@ -120,7 +120,7 @@ def refuse(workdir: Workdir, name: str, reason: str) -> None:
 
 
 def allow(workdir: Workdir, name: str) -> None:
-    """Take a policy off the refused ones, see `refuse`."""
+    """Take a policy off the refused ones, see `refuse_policy`."""
     with _alone(workdir):
         _write(workdir, {key: why for key, why in refused(workdir).items() if key != name})
 

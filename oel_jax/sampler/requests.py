@@ -93,7 +93,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RequestProgress:
     """What one dispatch added to the response of a request that runs or has just finished.
 
     Attributes:

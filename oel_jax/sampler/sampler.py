@@ -15,7 +15,7 @@ from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.decode import decode
 from oel_jax.sampler.pace import Pace
 from oel_jax.sampler.prefill import Piece, extend
-from oel_jax.sampler.requests import Completion, Progress, Request, RequestError, Sampling
+from oel_jax.sampler.requests import Completion, Request, RequestError, RequestProgress, Sampling
 from oel_jax.sampler.reuse import ReusingScheduler
 from oel_jax.sampler.sampling import RowSampling
 from oel_jax.sampler.scheduler import Assignment, Entry, PromptPiece, Rows, Scheduler
@@ -77,7 +77,7 @@ class Sampler:
         self._recent_widths = [self._width(self.sampling)]
         self._in_flight = False
         self._pace = Pace(config.decode_steps, config.seconds)
-        self.progress: list[Progress] = []  # of the last `poll`, with `config.follow`
+        self.progress: list[RequestProgress] = []  # of the last `poll`, with `config.follow`
         self._safe_place: Callable[[], None] = lambda: None
         self._schedule = (ReusingScheduler if config.reuse else Scheduler)(
             slots=config.slots,
@@ -357,7 +357,7 @@ class Sampler:
             self.generated += length
         return completions
 
-    def _news(self, running: Sequence[int], count: np.ndarray) -> list[Progress]:
+    def _news(self, running: Sequence[int], count: np.ndarray) -> list[RequestProgress]:
         """What the last dispatch added to the responses of these slots."""
         slots, most = self._schedule.slots, self.config.response
         width = min(most, self.config.decode_steps * (1 + self.config.draft))
@@ -371,5 +371,5 @@ class Sampler:
             found = ids[index, new].tolist()
             if found:
                 slot.response += found
-                news.append(Progress(slot.running.tag, found, log_probs[index, new].copy()))
+                news.append(RequestProgress(slot.running.tag, found, log_probs[index, new].copy()))
         return news

@@ -260,7 +260,7 @@ class Policies:
             earlier = self._earlier(name)
             back = self._resume(earlier.name) or self._ready(earlier)
         if self._workdir is not None:
-            acceptance.refuse(self._workdir, name, reason)
+            acceptance.refuse_policy(self._workdir, name, reason)
         with self._lock:
             if self._trial is not None:
                 self._trial, self._current.shadow = None, None

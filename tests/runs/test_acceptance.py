@@ -66,15 +66,15 @@ def test_files_that_are_missing_or_cut_short_are_not_taken(workdir):
 def test_a_refused_policy_is_passed_over_until_it_is_allowed(workdir):
     consolidated(workdir, 1)
     consolidated(workdir, 2)
-    acceptance.refuse(workdir, "round_002", "too long")
+    acceptance.refuse_policy(workdir, "round_002", "too long")
     assert names(workdir) == ["round_001", "round_000"]
     assert acceptance.refused(workdir)["round_002"]["reason"] == "too long"
-    acceptance.refuse(workdir, "round_001", "worse")
+    acceptance.refuse_policy(workdir, "round_001", "worse")
     assert names(workdir) == ["round_000"]
     acceptance.allow(workdir, "round_002")
     assert names(workdir) == ["round_002", "round_000"]
     for name in ("round_000", "round_002"):
-        acceptance.refuse(workdir, name, "all")
+        acceptance.refuse_policy(workdir, name, "all")
     with pytest.raises(UserError, match="refuses every policy"):
         acceptance.newest_policy(workdir)
 
@@ -94,7 +94,7 @@ def test_no_run_is_said(tmp_path):
 
 
 def test_the_file_is_json_with_a_schema(workdir):
-    acceptance.refuse(workdir, "round_001", 'a "reason"\n')
+    acceptance.refuse_policy(workdir, "round_001", 'a "reason"\n')
     stored = json.loads(acceptance.serving_file(workdir).read_text())
     assert stored["schema"] == "oel.serving/1"
     assert stored["refused"]["round_001"]["reason"] == 'a "reason"\n'
