@@ -12,9 +12,11 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import pytest
 
 import oel_jax
 from oel_jax.base.files import read_json, write_json
+from oel_jax.learner import consolidate
 from oel_jax.models import bundled
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel.mesh import make_mesh
@@ -22,6 +24,7 @@ from oel_jax.runs.metrics import read_metrics
 from oel_jax.runs.policies import load_player_of_round
 from oel_jax.runs.session import Run, open_run
 from oel_jax.runs.stages import NAMES
+from oel_jax.testing import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO_CONFIG = ROOT / "configs" / "nano_frozen_lake.py"
@@ -35,32 +38,12 @@ jax.config.update("jax_compilation_cache_dir", XLA_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # One set of shapes for all tests, so that each program is compiled once.
-FIELDS = {
-    "rounds": 1,
+FIELDS = tiny.FIELDS | {
     "compilation_cache": XLA_CACHE,
     "model.thinking": True,
     "mesh.fsdp": 1,
-    "sampler.slots": 8,
-    "sampler.prefill_rows": 8,
-    "sampler.max_len": 384,
-    "sampler.max_prompt": 256,
-    "sampler.max_response": 48,
-    "deploy.games_per_step": 4,
-    "extract.chains": 2,
-    "extract.n": 2,
-    "extract.n_run": 2,
-    "extract.l_max": 48,
     "extract.max_prompt": 256,
-    "preflight.games": 0,
-    "consolidate.steps": 3,
     "consolidate.learning_rate": 3e-4,
-    "consolidate.save_every": 1,
-    "consolidate.token_budget": 1024,
-    "loss.top_k": 16,
-    "loss.chunk": 128,
-    "evaluate.maps": 4,
-    "evaluate.seeds": 2,
-    "log.tensorboard": False,
 }
 
 
@@ -105,6 +88,23 @@ def go(
 ) -> None:
     """Run the loop on one device, or resume it."""
     oel_jax.run(config, workdir, stages, allow_config_change=change, devices=jax.devices()[:1])
+
+
+def interrupt_consolidation(
+    monkeypatch: pytest.MonkeyPatch, workdir: Path, config: ml_collections.ConfigDict, steps: int
+) -> None:
+    """Consolidate until `steps` optimizer steps are done; then the process is interrupted."""
+    step = consolidate._step
+
+    def interrupted(this, state):
+        if state.step == steps:
+            raise KeyboardInterrupt
+        return step(this, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(consolidate, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go(workdir, config, ["consolidate"], change=True)
 
 
 def contents(workdir: Path, *patterns: str) -> dict[str, bytes]:

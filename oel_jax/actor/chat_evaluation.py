@@ -26,11 +26,10 @@ from oel_jax.data.general_text import TEXT
 from oel_jax.data.messages import NOTHING, Context, place_context
 from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
 from oel_jax.data.trajectory_files import read
-from oel_jax.distill.packing import Sample
 from oel_jax.evaluate.likelihood import score
 from oel_jax.learner.contexts import contexts_of_round
 from oel_jax.learner.heldout import heldout_divergence
-from oel_jax.learner.rollouts import all_answers
+from oel_jax.learner.rollouts import all_answers, sample_of
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
@@ -231,21 +230,10 @@ class _Heldout:
 
     def _kl(self, model: LanguageModel, answers: Sequence[Completion]) -> dict[str, float]:
         """KL(policy || teacher) over the policy's own answers."""
-        samples = []
-        for index, (point, answer) in enumerate(zip(self.points, answers, strict=True)):
-            number = index % len(self._contexts)
-            shared, suffix = self._teacher.split(number, point.dialogue)
-            samples.append(
-                Sample(
-                    point.prompt_ids,
-                    suffix,
-                    shared,
-                    answer.ids,
-                    answer.log_probs,
-                    number,
-                    point.episode,
-                )
-            )
+        samples = [
+            sample_of(self._teacher, point, index % len(self._contexts), answer)
+            for index, (point, answer) in enumerate(zip(self.points, answers, strict=True))
+        ]
         return heldout_divergence(self._run.config, model, self._teacher, samples)._asdict()
 
     def _approved(self, model: LanguageModel) -> dict[str, float] | None:

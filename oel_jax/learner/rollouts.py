@@ -18,6 +18,7 @@ from oel_jax.base import preemption
 from oel_jax.base.errors import UserError
 from oel_jax.chat.render import render
 from oel_jax.config.chat_checks import is_chat
+from oel_jax.data.messages import Context
 from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
 from oel_jax.data.trajectory_files import Stored, TrajectoryStore
 from oel_jax.distill.packing import Sample
@@ -119,21 +120,28 @@ def student_samples(
     answers = all_answers(sampler, weights, requests, meanwhile)
     drawn = draw_texts(step.round, step.number, len(points), len(teacher.contexts))
     own = own_contexts(config, games, teacher.model.tokenizer)
-    samples = []
-    for point, number, answer in zip(points, drawn, answers, strict=True):
-        shared, suffix = teacher.split(number, point.dialogue, own[point.episode])
-        samples.append(
-            Sample(
-                point.prompt_ids,
-                suffix,
-                shared,
-                answer.ids,
-                answer.log_probs,
-                number,
-                point.episode,
-            )
-        )
+    samples = [
+        sample_of(teacher, point, number, answer, own[point.episode])
+        for point, number, answer in zip(points, drawn, answers, strict=True)
+    ]
     return samples, sum(answer.stopped for answer in answers)
+
+
+def sample_of(
+    teacher: Teacher,
+    point: DecisionPoint,
+    number: int,
+    answer: Completion,
+    own: Context | None = None,
+) -> Sample:
+    """An answer to a decision point, as the teacher reads it with shared context `number`.
+
+    Args:
+      own: a context of this point alone, in place of the shared one.
+    """
+    shared, suffix = teacher.split(number, point.dialogue, own)
+    ids, log_probs = answer.ids, answer.log_probs
+    return Sample(point.prompt_ids, suffix, shared, ids, log_probs, number, point.episode)
 
 
 def _drop_remainder(

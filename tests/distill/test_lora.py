@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_step import CFG, CONTEXTS, KL, close, make_model, make_samples, prompts, run
 from tiers import meshes
-from tiny_run import copy_of, go, opened, policy_of, tiny_config
+from tiny_run import copy_of, go, interrupt_consolidation, opened, policy_of, tiny_config
 
 from oel_jax.base.files import read_json
 from oel_jax.config.rules import ADAPTABLE as CONFIG_ADAPTABLE
@@ -357,17 +357,7 @@ def test_an_interrupted_round_goes_on_to_the_same_bits(
     finished_run, lora_stage, tmp_path, monkeypatch
 ):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    step = module._step
-
-    def interrupted(this, student):
-        if student.step == 2:
-            raise KeyboardInterrupt
-        return step(this, student)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            go(work, tiny_config(**FIELDS), ["consolidate"], change=True)
+    interrupt_consolidation(monkeypatch, work, tiny_config(**FIELDS), 2)
     saved = [p for p in (work / "round_001" / "consolidate").rglob("*") if p.is_file()]
     size = sum(path.stat().st_size for path in saved)
     model = (bundled.MODEL_DIR / "model.safetensors").stat().st_size

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_run import copy_of, go, tiny_config
+from tiny_run import copy_of, go, interrupt_consolidation, tiny_config
 
 from oel_jax.base.errors import UserError
 from oel_jax.config.checks import validate
@@ -72,17 +72,7 @@ def test_offload_changes_no_bit_and_survives_an_interruption(
     finished_run, plain, tmp_path, kinds, monkeypatch
 ):
     work = copy_of(finished_run, tmp_path / "run", "consolidate", "evaluate")
-    step = module._step
-
-    def interrupted(this, student):
-        if student.step == 2:
-            raise KeyboardInterrupt
-        return step(this, student)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            go(work, tiny_config(**BF16, consolidate__offload=ALL), ["consolidate"], change=True)
+    interrupt_consolidation(monkeypatch, work, tiny_config(**BF16, consolidate__offload=ALL), 2)
     go(work, tiny_config(**BF16, consolidate__offload=ALL), ["consolidate"])
     assert kinds == [["pinned_host"] * 3] * 3
     assert policy(work) == policy(plain)
