@@ -10,6 +10,7 @@ from oel_jax.base import preemption
 COMMANDS = {
     "run": ("oel_jax.main", "run Online Experiential Learning in a workdir, or resume it"),
     "study": ("oel_jax.study.command", "compare variants of a config, each with several seeds"),
+    "logs": ("oel_jax.logs.command", "check, import or forget logs of conversations"),
     "report": ("oel_jax.report.page", "write the page of a run or of a study"),
     "plan": ("oel_jax.plan.command", "say whether a run fits devices that are not at hand"),
     "export": ("oel_jax.export.command", "write the policy of a round to a directory"),

@@ -283,6 +283,15 @@ class ConversationStore:
                 self._parents.remember(trajectory, digest, self._redactor is None)
             return one
 
+    def append_line(self, line: bytes) -> None:
+        """Append a line that `Joiner.lines` gave.
+
+        Raises:
+          UserError: as for `append_exchange`.
+        """
+        with self._mutex:
+            self._open_exchanges().append(line)
+
     def append_feedback(
         self, id: str, text: str, *, user: str | None = None, time: str | None = None
     ) -> None:
@@ -344,6 +353,7 @@ class ConversationStore:
                 return
 
     def _path(self, kind: str, number: int | None) -> Path:
+        """The file of 'exchanges' or 'feedback' with this number."""
         return self.directory / f"{kind}_{number:04d}.jsonl"
 
     def _close_files(self) -> None:

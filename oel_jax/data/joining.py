@@ -17,24 +17,29 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
+from oel_jax.base.errors import UserError
 from oel_jax.data.messages import Context, Message
 from oel_jax.data.texts import Change, change_head, change_trajectory, change_turn
-from oel_jax.data.trajectories import Trajectory, Turn
+from oel_jax.data.trajectories import SCHEMA, Trajectory, Turn, altered
 from oel_jax.data.trajectory_schema import decode_line, encode, present
 
 CACHE_KIB = 32 * 1024
+# (a piece without its turns, the id of an exchange of it) -> whether it is not to be kept
+Forgotten = Callable[[Trajectory, str], bool]
+
 _HEADERS = 1000  # different heads that are remembered in memory
 
 _TABLES = f"""
 PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE_KIB};
 BEGIN;
 CREATE TABLE nodes (node INTEGER PRIMARY KEY, parent INTEGER, next INTEGER, header INTEGER,
-  key TEXT, made INTEGER, digest BLOB, hash BLOB);
-CREATE TABLE bodies (node INTEGER PRIMARY KEY, body BLOB);
+  key TEXT, made INTEGER, digest BLOB, hash BLOB, left INTEGER, body BLOB);
 CREATE TABLE heads (node INTEGER PRIMARY KEY);
 CREATE TABLE digests (digest BLOB PRIMARY KEY, node INTEGER) WITHOUT ROWID;
 CREATE TABLE keys (key TEXT PRIMARY KEY, node INTEGER) WITHOUT ROWID;
@@ -44,6 +49,7 @@ CREATE TABLE feedback (number INTEGER PRIMARY KEY, node INTEGER, text TEXT, UNIQ
 CREATE TABLE waiting (parent TEXT, line BLOB);
 CREATE TABLE comments (key TEXT, text TEXT);
 """
+_COLUMNS = "nodes.node, parent, next, header, nodes.key, made, nodes.digest, hash, left"
 _FACTS = ("time", "sampling", "finish", "policy", "prompt_ids", "response_ids")
 
 
@@ -56,10 +62,13 @@ class _Node(NamedTuple):
     made: int  # 1: the key was made from the content, since no piece named this exchange
     digest: bytes  # of all that was read and answered, as it came
     hash: bytes  # the same of what is kept (redacted)
+    left: int = 0  # 1: forgotten, and only here so that what continues it is, too
 
 
 def canonical(message: Message) -> bytes:
-    """A message as bytes that are the same for equal messages."""
+    """A message as bytes that are the same for equal messages, and for no others."""
+    if len(message) == 2:  # a role and a text, as most are; no other begins like this
+        return f"{message['role']}\0{message['content']}".encode()
     text = json.dumps(message, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8")
 
@@ -72,7 +81,7 @@ class Chain:
 
     def start(self, trajectory: Trajectory) -> bytes:
         """Of no messages; conversations that must not be mixed up start differently."""
-        return self._digest(b"", json.dumps(_seed(trajectory), sort_keys=True).encode("utf-8"))
+        return self._digest(b"", repr(_seed(trajectory)).encode("utf-8"))
 
     def step(self, before: bytes, message: Message) -> bytes:
         """Of the messages before and one more."""
@@ -108,24 +117,30 @@ class Joiner:
     Args:
         change: applied to every text before it is kept (redaction). Ids of tokens are then left
             out.
+        forgotten: which exchanges are not kept, and nothing that continues them.
 
     Attributes:
+        change, forgotten: the same; they may be set between two pieces.
+        left: exchanges that were not kept since they are forgotten.
         repeated: answers that came again.
-        alone: after `conversations` or `exchanges`: pieces that were left out, since their parent
+        alone: after `conversations` or `lines`: pieces that were left out, since their parent
             never came.
         unknown: the same: comments on exchanges that never came.
     """
 
-    def __init__(self, change: Change | None = None) -> None:
-        self._change = change
+    def __init__(self, change: Change | None = None, forgotten: Forgotten | None = None) -> None:
+        self.change, self.forgotten = change, forgotten
         # The digests of unredacted texts can be compared with nothing after this process.
         self._raw, self._kept = Chain(os.urandom(32)), Chain()
         # "": a database of this process alone, on disk; the file has no name from the start.
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(_TABLES)
         self._headers: dict[str, int] = {}
+        self._heads: dict[int, Trajectory] = {}
+        self._begins: dict[int, bytes] = {}
         self._last_node = 0
-        self.repeated = self.alone = self.unknown = 0
+        self._commented = False  # whether there is any feedback
+        self.repeated = self.alone = self.unknown = self.left = 0
 
     # --- collect ----------------------------------------------------------------------------------
 
@@ -138,8 +153,8 @@ class Joiner:
             return self._add(piece, None)
         parent = self._by_key(piece.parent)
         if parent is None:
-            late = piece if self._change is None else change_trajectory(piece, self._change)
-            self._db.execute("INSERT INTO waiting VALUES (?, ?)", (late.parent, encode(late)))
+            late = piece if self.change is None else change_trajectory(piece, self.change)
+            self._run("INSERT INTO waiting VALUES (?, ?)", (late.parent, encode(late)))
             return 0
         return self._add(piece, parent)
 
@@ -147,12 +162,12 @@ class Joiner:
         """Add feedback to the exchange with this id, which may come later."""
         node = self._by_key(key)
         if node is None:
-            self._db.execute("INSERT INTO comments VALUES (?, ?)", (key, text))
+            self._run("INSERT INTO comments VALUES (?, ?)", (key, text))
         else:
             self._comment(node.node, text)
 
     def mark(self) -> tuple[int, int]:
-        """What is known now, for `exchanges` and `comments`."""
+        """What is known now, for `lines` and `comments`."""
         self._settle()
         return self._last_node, self._one("SELECT COALESCE(MAX(number), 0) FROM feedback")[0]
 
@@ -160,12 +175,12 @@ class Joiner:
         turns = piece.turns
         if any(not turn.continues for turn in turns[1:]) or piece.game is not None:
             return self._add_whole(piece)
-        clean = piece if self._change is None else change_head(piece, self._change)
+        clean = piece if self.change is None else change_head(piece, self.change)
         if len(turns) == 1 and turns[0].id is None and piece.id is not None:
-            turns = (replace(turns[0], id=piece.id),)
+            turns = (altered(turns[0], id=piece.id),)
         elif len(turns) > 1 and piece.conversation is None and piece.id != turns[0].id:
-            piece = replace(piece, conversation=piece.id)
-            clean = replace(clean, conversation=clean.id)
+            piece = altered(piece, conversation=piece.id)
+            clean = altered(clean, conversation=clean.id)
         header, new = self._header(clean), 0
         digest = self._raw.start(piece) if parent is None else parent.digest
         kept = self._kept.start(clean) if parent is None else parent.hash
@@ -207,39 +222,41 @@ class Joiner:
         known = self._by_digest(digest)
         if known is not None and (known.made or turn.id in (None, known.key)):
             return self._again(known, turn), False
-        if self._change is not None:
-            turn = change_turn(turn, self._change)
+        if self.change is not None:
+            turn = change_turn(turn, self.change)
         for message in (*turn.messages, turn.shown):
             kept = self._kept.step(kept, message)
         made = turn.id is None
         key = _made_key(clean, kept) if made else turn.id
-        known = self._by_key(key)
+        known = self._claimed(key)
         if known is not None and known.hash != kept:  # another exchange under the same name
             key, made = f"{key}#{kept.hex()[:12]}", True
-            known = self._by_key(key)
+            known = self._claimed(key)
         if known is not None:
             self._alias(digest, known.node)
             return self._again(known, turn), False
-        return self._insert(turn, parent, digest, kept, header, key, made, clean), True
+        node = self._insert(turn, parent, digest, kept, header, key, made, clean)
+        return node, not node.left
 
     def _again(self, node: _Node, turn: Turn) -> _Node:
         """A known exchange came again: it may bring its name, facts and feedback."""
+        if node.left:
+            self.left += 1
+            return node
         self.repeated += 1
         if turn.feedback is not None:
-            text = turn.feedback if self._change is None else self._change(turn.feedback)
+            text = turn.feedback if self.change is None else self.change(turn.feedback)
             self._comment(node.node, text)
         if turn.id is not None and node.made and turn.id != node.key:
-            self._db.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (turn.id, node.node))
+            self._run("INSERT OR IGNORE INTO keys VALUES (?, ?)", (turn.id, node.node))
             body = json.loads(self._body(node.node))
-            ids = ("prompt_ids", "response_ids") if self._change is not None else ()
+            ids = ("prompt_ids", "response_ids") if self.change is not None else ()
             facts = present(turn)
             new = {k: facts[k] for k in _FACTS if k in facts and k not in body and k not in ids}
             if turn.kept_ids:  # then the prompt's ids are not whole
                 new = {k: v for k, v in new.items() if not k.endswith("_ids")}
             if new:
-                self._db.execute(
-                    "UPDATE bodies SET body=? WHERE node=?", (_dump(body | new), node.node)
-                )
+                self._run("UPDATE nodes SET body=? WHERE node=?", (_dump(body | new), node.node))
         return node
 
     def _insert(
@@ -255,25 +272,24 @@ class Joiner:
     ) -> _Node:
         self._last_node += 1
         above = None if parent is None else parent.node
-        node = _Node(self._last_node, above, None, header, key, int(made), digest, kept)
-        self._db.execute("INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", node)
-        body = present(replace(turn, id=None, feedback=None))
-        self._db.execute("INSERT INTO bodies VALUES (?, ?)", (node.node, _dump(body)))
+        left = (parent is not None and parent.left) or self._is_left(clean, key)
+        node = _Node(self._last_node, above, None, header, key, int(made), digest, kept, int(left))
+        body = None if left else _dump(present(altered(turn, id=None, feedback=None)))
+        self._insert_node(node, body)
         self._alias(digest, node.node)
-        self._db.execute("INSERT INTO keys VALUES (?, ?)", (key, node.node))
+        if left:
+            self.left += 1
+            return node
         if turn.feedback is not None:
             self._comment(node.node, turn.feedback)
-        longer = (
-            parent is not None
-            and self._one("SELECT next FROM nodes WHERE node=?", above)[0] is None
-            and (header == parent.header or _seed(self._head(parent.header)) == _seed(clean))
+        longer = parent is not None and (
+            header == parent.header or _seed(self._head(parent.header)) == _seed(clean)
         )
-        if longer:
-            self._db.execute("UPDATE nodes SET next=? WHERE node=?", (node.node, above))
-        else:
-            self._db.execute("INSERT INTO heads VALUES (?)", (node.node,))
+        claim = "UPDATE nodes SET next=? WHERE node=? AND next IS NULL"
+        if not (longer and self._run(claim, (node.node, above)).rowcount):
+            self._run("INSERT INTO heads VALUES (?)", (node.node,))
             name = clean.conversation or key
-            self._db.execute("INSERT OR IGNORE INTO names VALUES (?, ?)", (name, node.node))
+            self._run("INSERT OR IGNORE INTO names VALUES (?, ?)", (name, node.node))
         return node
 
     def _add_whole(self, piece: Trajectory) -> int:
@@ -281,9 +297,9 @@ class Joiner:
         if piece.id is None:
             name = "/".join(str(part) for part in piece.key if part is not None)
             piece = replace(piece, id=name, game=None, seed=None)
-        if self._change is not None:
-            turns = tuple(change_turn(turn, self._change) for turn in piece.turns)
-            piece = replace(change_head(piece, self._change), turns=turns)
+        if self.change is not None:
+            turns = tuple(change_turn(turn, self.change) for turn in piece.turns)
+            piece = replace(change_head(piece, self.change), turns=turns)
         line = encode(piece)
         digest = hashlib.sha256(line).digest()
         known = self._by_key(piece.id)
@@ -297,30 +313,40 @@ class Joiner:
                 self.repeated += len(piece.turns)
                 return 0
         self._last_node += 1
-        node = _Node(self._last_node, None, None, 0, piece.id, 0, digest, digest)
-        self._db.execute("INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", node)
-        self._db.execute("INSERT INTO bodies VALUES (?, ?)", (node.node, line))
-        self._db.execute("INSERT INTO keys VALUES (?, ?)", (piece.id, node.node))
-        self._db.execute("INSERT INTO heads VALUES (?)", (node.node,))
+        left = self._is_left(piece, piece.id)
+        node = _Node(self._last_node, None, None, 0, piece.id, 0, digest, digest, int(left))
+        self._insert_node(node, None if left else line)
+        self._run("INSERT INTO keys VALUES (?, ?)", (piece.id, node.node))
+        if left:
+            self.left += len(piece.turns)
+            return 0
+        self._run("INSERT INTO heads VALUES (?)", (node.node,))
         return len(piece.turns)
+
+    def _is_left(self, clean: Trajectory, key: str) -> bool:
+        return self.forgotten is not None and self.forgotten(clean, key)
+
+    def _insert_node(self, node: _Node, body: bytes | None) -> None:
+        self._run("INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*node, body))
 
     def _settle(self) -> None:
         """Add what waited for its parent, and feedback that waited for its exchange."""
         found = True
         while found:
-            rows = self._db.execute(
+            rows = self._run(
                 "SELECT waiting.rowid, line FROM waiting JOIN keys ON parent = key LIMIT 1000"
             ).fetchall()
             for number, line in rows:
-                self._db.execute("DELETE FROM waiting WHERE rowid=?", (number,))
+                self._run("DELETE FROM waiting WHERE rowid=?", (number,))
                 self.add(decode_line(line))
             found = bool(rows)
         self.alone = self._one("SELECT COUNT(*) FROM waiting")[0]
-        self._db.execute(
+        self._commented = self._commented or self._one("SELECT 1 FROM comments") is not None
+        self._run(
             "INSERT OR IGNORE INTO feedback (node, text) "
             "SELECT node, text FROM comments JOIN keys USING (key) ORDER BY comments.rowid"
         )
-        self._db.execute("DELETE FROM comments WHERE key IN (SELECT key FROM keys)")
+        self._run("DELETE FROM comments WHERE key IN (SELECT key FROM keys)")
         self.unknown = self._one("SELECT COUNT(*) FROM comments")[0]
 
     # --- give -------------------------------------------------------------------------------------
@@ -332,7 +358,7 @@ class Joiner:
         exchange. Its turns have the ids of their exchanges, and `feedback` where there is some.
         """
         self._settle()
-        for (head,) in self._db.execute("SELECT node FROM heads ORDER BY node"):
+        for (head,) in self._run("SELECT node FROM heads ORDER BY node"):
             yield self._conversation(self._node(head))
 
     def _conversation(self, first: _Node) -> Trajectory:
@@ -381,79 +407,154 @@ class Joiner:
             prompt_ids=whole,
         )
 
-    def _turn(self, node: _Node, head: Trajectory) -> Turn:
-        turn = Turn(**json.loads(self._body(node.node)))
+    def _turn(self, node: _Node, head: Trajectory, body: bytes | None = None) -> Turn:
+        turn = Turn(**json.loads(self._body(node.node) if body is None else body))
         policy = turn.policy or self._head(node.header).policy
-        return replace(
+        return altered(
             turn,
             id=node.key,
             feedback=self._feedback(node.node),
             policy=None if policy == head.policy else policy,
         )
 
-    def exchanges(self, after: tuple[int, int] = (0, 0)) -> Iterator[Trajectory]:
-        """What is known since a mark, as pieces of one turn, each after its parent."""
+    def lines(self, after: tuple[int, int] = (0, 0)) -> Iterator[tuple[bytes, int]]:
+        """What is known since a mark, as lines of a store: (line, number of its answers).
+
+        A line is a piece of one turn, after that of its parent, or what `add` took as it was. It is
+        put together from the JSON that is kept, without being read again.
+        """
         self._settle()
-        for (number,) in self._db.execute(
-            "SELECT node FROM nodes WHERE node > ? ORDER BY node", (after[0],)
-        ):
-            node = self._node(number)
-            if not node.header:
-                yield self._whole(node)
+        rows = self._run(
+            "SELECT header, key, body, node, "
+            "(SELECT key FROM nodes AS above WHERE node=nodes.parent) "
+            "FROM nodes WHERE node > ? AND NOT left ORDER BY node",
+            (after[0],),
+        )
+        for header, key, body, node, parent in rows:
+            if not header:
+                whole = self._whole(self._node(node))
+                yield encode(whole), len(whole.turns)
                 continue
-            head = self._head(node.header)
-            parent = None if node.parent is None else self._node(node.parent).key
-            turn = replace(self._turn(node, head), id=None)
-            yield replace(head, id=node.key, parent=parent, turns=(turn,))
+            comments = self._feedback(node)
+            if comments is not None:
+                body = _dump(json.loads(body) | {"feedback": comments})
+            names = f'"id":{encode_basestring(key)}'
+            if parent is not None:
+                names += f',"parent":{encode_basestring(parent)}'
+            begin = self._begin_of_line(header)
+            yield b'%b,%b,"turns":[%b]}\n' % (begin, names.encode(), body), 1
+
+    def _begin_of_line(self, header: int) -> bytes:
+        """The head of a line as JSON, without the brace that ends it."""
+        begin = self._begins.get(header)
+        if begin is None:
+            head = self._head(header)
+            record = {"schema": SCHEMA, **present(head)}
+            if head.context is not None:
+                record["context"] = vars(head.context)
+            del record["turns"]
+            begin = _dump(record)[:-1]
+            if len(self._begins) >= _HEADERS:
+                self._begins.clear()
+            self._begins[header] = begin
+        return begin
 
     def comments(self, after: tuple[int, int]) -> Iterator[tuple[str, str]]:
         """(id of an exchange that was known at a mark, feedback that came since)."""
         self._settle()
-        yield from self._db.execute(
+        yield from self._run(
             "SELECT key, text FROM feedback JOIN nodes USING (node) "
             "WHERE number > ? AND node <= ? ORDER BY number",
             (after[1], after[0]),
         )
 
+    def families(self) -> Iterator[tuple[int, str, Trajectory]]:
+        """(family, id, its piece without messages) of every exchange, each after its parent.
+
+        Exchanges that continue one another, in whatever branch, are of one family.
+        """
+        self._settle()
+        families = array("q", [0])  # by number of the exchange
+        for node, above, header, key in self._run(
+            "SELECT node, parent, header, key FROM nodes ORDER BY node"
+        ):
+            families.append(node if above is None else families[above])
+            whole = None if header else decode_line(self._body(node))
+            yield families[node], key, self._head(header) if header else replace(whole, turns=())
+
+    def counts(self, after: tuple[int, int] = (0, 0)) -> tuple[int, int, int]:
+        """Since a mark: (conversations, answers that continue one, answers with feedback)."""
+        began = self._one("SELECT COUNT(*) FROM heads WHERE node > ?", after[0])[0]
+        longer = self._one(
+            "SELECT COUNT(*) FROM nodes WHERE node > ? AND NOT left AND node NOT IN heads", after[0]
+        )[0]
+        told = self._one("SELECT COUNT(DISTINCT node) FROM feedback WHERE number > ?", after[1])[0]
+        return began, longer, told
+
+    def users(self) -> int:
+        """How many users are named."""
+        return self._one("SELECT COUNT(DISTINCT json_extract(text, '$.user')) FROM headers")[0]
+
     # --- tables -----------------------------------------------------------------------------------
 
+    def _run(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(query, values)
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"conversations cannot be put together ({error}); make room in the directory for "
+                "temporary files, or name another in the environment variable SQLITE_TMPDIR"
+            ) from error
+
     def _one(self, query: str, *values: Any) -> Any:
-        return self._db.execute(query, values).fetchone()
+        return self._run(query, values).fetchone()
 
     def _node(self, number: int) -> _Node:
-        return _Node(*self._one("SELECT * FROM nodes WHERE node=?", number))
+        return _Node(*self._one(f"SELECT {_COLUMNS} FROM nodes WHERE node=?", number))
 
     def _by_digest(self, digest: bytes) -> _Node | None:
         row = self._one(
-            "SELECT nodes.* FROM digests JOIN nodes USING (node) WHERE digests.digest=?", digest
+            f"SELECT {_COLUMNS} FROM digests JOIN nodes USING (node) WHERE digests.digest=?", digest
         )
         return None if row is None else _Node(*row)
 
     def _by_key(self, key: str) -> _Node | None:
-        row = self._one("SELECT nodes.* FROM keys JOIN nodes USING (node) WHERE keys.key=?", key)
+        row = self._one(
+            f"SELECT {_COLUMNS} FROM keys JOIN nodes USING (node) WHERE keys.key=?", key
+        )
         return None if row is None else _Node(*row)
 
+    def _claimed(self, key: str) -> _Node | None:
+        """Who has an id; if nobody, the next node has it now, and it must be inserted."""
+        claim = "INSERT OR IGNORE INTO keys VALUES (?, ?)"
+        if self._run(claim, (key, self._last_node + 1)).rowcount:
+            return None
+        return self._by_key(key)
+
     def _alias(self, digest: bytes, node: int) -> None:
-        self._db.execute("INSERT OR REPLACE INTO digests VALUES (?, ?)", (digest, node))
+        self._run("INSERT OR REPLACE INTO digests VALUES (?, ?)", (digest, node))
 
     def _body(self, node: int) -> bytes:
-        return self._one("SELECT body FROM bodies WHERE node=?", node)[0]
+        return self._one("SELECT body FROM nodes WHERE node=?", node)[0]
 
     def _comment(self, node: int, text: str) -> None:
-        self._db.execute("INSERT OR IGNORE INTO feedback (node, text) VALUES (?, ?)", (node, text))
+        self._commented = True
+        self._run("INSERT OR IGNORE INTO feedback (node, text) VALUES (?, ?)", (node, text))
 
     def _feedback(self, node: int) -> str | None:
-        rows = self._db.execute("SELECT text FROM feedback WHERE node=? ORDER BY number", (node,))
+        if not self._commented:
+            return None
+        rows = self._run("SELECT text FROM feedback WHERE node=? ORDER BY number", (node,))
         return "\n".join(text for (text,) in rows) or None
 
     def _header(self, clean: Trajectory) -> int:
         """The number of what all turns of a piece have in common."""
-        record = _seed(clean) | {"policy": clean.policy, "round": clean.round}
+        record: dict[str, Any] = _seed(clean) | {"policy": clean.policy, "round": clean.round}
         record |= {"chain": clean.chain, "outcome": clean.outcome}
         text = json.dumps({name: value for name, value in record.items() if value is not None})
         number = self._headers.get(text)
         if number is None:
-            self._db.execute("INSERT OR IGNORE INTO headers (text) VALUES (?)", (text,))
+            self._run("INSERT OR IGNORE INTO headers (text) VALUES (?)", (text,))
             number = self._one("SELECT header FROM headers WHERE text=?", text)[0]
             if len(self._headers) >= _HEADERS:
                 self._headers.clear()
@@ -461,10 +562,15 @@ class Joiner:
         return number
 
     def _head(self, number: int) -> Trajectory:
+        if number in self._heads:
+            return self._heads[number]
         record = json.loads(self._one("SELECT text FROM headers WHERE header=?", number)[0])
         if "context" in record:
             record["context"] = Context(**record["context"])
-        return Trajectory(turns=(), **record)
+        if len(self._heads) >= _HEADERS:
+            self._heads.clear()
+        self._heads[number] = Trajectory(turns=(), **record)
+        return self._heads[number]
 
 
 def _made_key(clean: Trajectory, kept: bytes) -> str:
@@ -474,4 +580,7 @@ def _made_key(clean: Trajectory, kept: bytes) -> str:
 
 
 def _dump(record: Any) -> bytes:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return _COMPACT(record).encode("utf-8")
+
+
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

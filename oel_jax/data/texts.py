@@ -1,27 +1,31 @@
 """All texts of a trajectory that a person or a model wrote, changed by one function.
 
-What names a thing in the conversation's machinery stays: roles, names of tools and their arguments'
-schemas, ids of calls. Ids of users and conversations that the function would change become opaque
-ones, so that a person is still one person and can be forgotten. Imports no JAX.
+What names a thing of the conversation's machinery stays: roles, names of tools, the descriptions' own
+schemas, ids of calls and of exchanges. Ids of users and conversations that the function would change
+become opaque ones, so that a person is still one person and can be forgotten. Imports no JAX.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from oel_jax.data.messages import Message
-from oel_jax.data.trajectories import Trajectory, Turn
+from oel_jax.data.trajectories import Trajectory, Turn, altered
 
 Change = Callable[[str], str]
 
 _SHORTEST_NUMBER = 10**6  # smaller numbers of arguments identify nobody
+_HASH = re.compile(r"[0-9a-fA-F-]{24,}")
 _KEPT = ("name", "type", "role", "id")  # keys of a tool's description that are no prose
 
 
 def change_message(message: Message, change: Change) -> dict[str, Any]:
     """A message with its content, its name and the arguments of its calls changed."""
+    if len(message) == 2:  # most are
+        return {"role": message["role"], "content": change(message["content"])}
     new = dict(message) | {"content": change(message["content"])}
     if "name" in new and message["role"] != "tool":
         new["name"] = change(new["name"])
@@ -78,21 +82,23 @@ def _change_tool(value: Any, change: Change) -> Any:
 
 def change_turn(turn: Turn, change: Change) -> Turn:
     """A turn with all texts changed. Ids are left out, since they spell the text as it was."""
-    new: dict[str, Any] = {
-        name: change(getattr(turn, name))
-        for name in ("response", "feedback", "action", "observation")
-        if getattr(turn, name) is not None
-    }
+    new: dict[str, Any] = {"kept_ids": 0, "prompt_ids": None, "response_ids": None}
+    for name in ("response", "feedback", "action", "observation"):
+        text = getattr(turn, name)
+        if text is not None:
+            new[name] = change(text)
     if turn.answer is not None:
         new["answer"] = change_message(turn.answer, change)
-    messages = tuple(change_message(message, change) for message in turn.messages)
-    ids: dict[str, Any] = {"kept_ids": 0, "prompt_ids": None, "response_ids": None}
-    return replace(turn, messages=messages, **new, **ids)
+    new["messages"] = tuple(change_message(message, change) for message in turn.messages)
+    return altered(turn, **new)
 
 
 def opaque(name: str, change: Change) -> str:
-    """An id as it is, or a hash of it where the function would change it."""
-    return name if change(name) == name else hidden(name)
+    """An id as it is, or a hash of it where the function would change it.
+
+    A hash as sources themselves make them is no key that opens a door, and stays.
+    """
+    return name if _HASH.fullmatch(name) or change(name) == name else hidden(name)
 
 
 def hidden(name: str) -> str:
@@ -104,7 +110,7 @@ def change_head(trajectory: Trajectory, change: Change) -> Trajectory:
     """A trajectory with all texts changed but those of its turns."""
     new: dict[str, Any] = {
         name: opaque(getattr(trajectory, name), change)
-        for name in ("user", "conversation", "id", "parent")
+        for name in ("user", "conversation")
         if getattr(trajectory, name) is not None
     }
     if trajectory.outcome is not None:
@@ -112,10 +118,10 @@ def change_head(trajectory: Trajectory, change: Change) -> Trajectory:
     if trajectory.context is not None:
         new["context"] = replace(trajectory.context, text=change(trajectory.context.text))
     tools = tuple(_change_tool(tool, change) for tool in trajectory.tools)
-    return replace(trajectory, tools=tools, **new)
+    return altered(trajectory, tools=tools, **new)
 
 
 def change_trajectory(trajectory: Trajectory, change: Change) -> Trajectory:
     """A trajectory with all texts changed."""
     turns = tuple(change_turn(turn, change) for turn in trajectory.turns)
-    return replace(change_head(trajectory, change), turns=turns)
+    return altered(change_head(trajectory, change), turns=turns)

@@ -65,9 +65,11 @@ Nothing here imports JAX. Source: spec, section 7.
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from oel_jax.data.messages import Context, Dialogue, Message, answer_message, latest
+
+T = TypeVar("T")
 
 SCHEMA = "oel.trajectory/2"
 PURPOSES = ("extract", "deploy", "demonstrate")
@@ -113,6 +115,17 @@ class Turn:
     def shown(self) -> Message:
         """The response as later turns show it."""
         return answer_message(self.response) if self.answer is None else self.answer
+
+
+def altered(one: T, **changes: Any) -> T:
+    """A turn or trajectory with some fields changed; the values must be of the fields' own types.
+
+    `dataclasses.replace` without its conversions, which take most of the time where many small
+    ones are changed.
+    """
+    new = object.__new__(type(one))
+    new.__dict__.update(one.__dict__, **changes)
+    return new
 
 
 class DecisionPoint(NamedTuple):

@@ -55,7 +55,7 @@ def _check_ids(value: Any, where: str) -> None:
 def _check_keys(
     record: Any, required: Sequence[str], optional: Collection[str], where: str
 ) -> None:
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict | Mapping):
         raise NotATrajectory(f"{where} must be a JSON object, got {_show(record)}")
     unknown = [key for key in record if key not in required and key not in optional]
     if unknown:
@@ -77,7 +77,7 @@ def _check_plain(value: Any, where: str, depth: int = 0) -> None:
     """JSON of any shape: texts that can be encoded, finite numbers, no deeper than need be."""
     if depth > _DEEPEST:
         raise NotATrajectory(f"{where} is nested deeper than {_DEEPEST} levels")
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):
         for key, item in value.items():
             _check_text(key, f"a key of {where}")
             _check_plain(item, f"{where}.{key}", depth + 1)
@@ -196,7 +196,7 @@ _TURN_OPTIONAL = [f.name for f in fields(Turn) if f.name not in ("messages", "re
 
 def check_record(record: Any) -> None:
     """Raises `NotATrajectory` unless `record` follows the schema to the letter."""
-    if isinstance(record, Mapping) and record.get("schema") != SCHEMA:
+    if isinstance(record, dict | Mapping) and record.get("schema") != SCHEMA:
         raise NotATrajectory(
             f"schema is {_show(record.get('schema'))}, this version reads {SCHEMA!r} and "
             f"{schema_1.SCHEMA!r}; convert the file or collect it again"
@@ -324,5 +324,8 @@ def encode(trajectory: Trajectory) -> bytes:
 
 def present(value: Trajectory | Turn) -> dict[str, Any]:
     """The fields that are not left out."""
-    defaults = {f.name: f.default for f in fields(value)}
+    defaults = _DEFAULTS[type(value)]
     return {name: item for name, item in vars(value).items() if item != defaults[name]}
+
+
+_DEFAULTS = {kind: {f.name: f.default for f in fields(kind)} for kind in (Trajectory, Turn)}

@@ -73,7 +73,10 @@ _DATE = re.compile(
     r"|\d{1,2}[-/.\u2010-\u2014]\d{1,2}[-/.\u2010-\u2014]\d\d)(?![-/.]?\d)"
 )
 
-_LONG_WORD = re.compile(r"[A-Za-z0-9_+/=.-]{16,}")
+_KEY_LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_+/=.-")
+_KEY_CHARACTERS = bytes(ord("x") if c in _KEY_LETTERS else ord(" ") for c in range(256))
+_KEY_WORD = b"x" * 16  # no key is shorter
+_NO_DIGITS = bytes(c for c in range(256) if c not in b"0123456789")
 _KNOWN_KEYS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"sk-[A-Za-z0-9_-]{16,}|(?:sk|pk|rk|whsec)_(?:live_|test_)?[A-Za-z0-9]{16,}"
@@ -227,18 +230,20 @@ class Redactor:
             text = self._own(text, counts)
         if "PRIVATE KEY-----" in text:
             text = _replace(_PRIVATE_KEY, text, lambda m: True, "key", counts)
-        if len(text) >= 12:
-            text = _keys(text, counts)
+        long, digits = _outline(text)
+        text = _keys(text, counts, long, digits > 0)
         if "@" in text:
             text = _replace(_EMAIL, text, _is_email, "email", counts)
-        if _SPELLED_AT.search(text):
+        if ("(" in text or "[" in text or "{" in text) and _SPELLED_AT.search(text):
             text = _replace(_SPELLED_EMAIL, text, lambda m: True, "email", counts)
-        if text.count(":") > 1:
+        if digits and text.count(":") > 1:
             text = _replace(_IPV6, text, _is_ipv6, "ip", counts)
-        if _DIGIT.search(text):
-            if "." in text:
-                text = _replace(_DOTTED, text, _is_ipv4, "ip", counts)
+        if digits >= 4 and text.count(".") > 2:
+            text = _replace(_DOTTED, text, _is_ipv4, "ip", counts)
+        if digits >= 7:
             text = _numbers(text, counts)
+        if not counts:
+            return text, {}
         counts = +counts
         self.total.update(counts)
         return text, dict(counts)
@@ -260,7 +265,8 @@ class Redactor:
             raise UserError(
                 f"the redaction hook returned {type(new).__name__}; it must return the text"
             )
-        counts["own"] += new != text
+        if new != text:
+            counts["own"] += 1
         return new
 
 
@@ -310,12 +316,22 @@ def _is_ipv6(match: re.Match) -> bool:
     return not (address.is_loopback or address.is_unspecified)
 
 
-def _keys(text: str, counts: Counter[str]) -> str:
-    long = _LONG_WORD.search(text) is not None
+def _outline(text: str) -> tuple[bool, int]:
+    """Whether there is a long word of key characters, and how many digits there are at most.
+
+    Most texts hold nothing to replace; this finds out at the speed of memory.
+    """
+    plain = text.encode("ascii", "replace")
+    long = _KEY_WORD in plain.translate(_KEY_CHARACTERS)
+    digits = len(plain.translate(None, _NO_DIGITS))
+    return long, digits if text.isascii() else digits + len(_DIGIT.findall(text))
+
+
+def _keys(text: str, counts: Counter[str], long: bool, digits: bool) -> str:
     if long:
         text = _replace(_KNOWN_KEYS, text, lambda m: True, "key", counts)
     lower = text.lower()
-    if any(word in lower for word in _ASSIGNING):
+    if any([word in lower for word in _ASSIGNING]):
 
         def assigned(match: re.Match) -> str:
             value = match[2]
@@ -327,7 +343,7 @@ def _keys(text: str, counts: Counter[str]) -> str:
             return f"{match[1]}[KEY]"
 
         text = _ASSIGNED.sub(assigned, text)
-    if long and _DIGIT.search(text):
+    if long and digits:
 
         def random(match: re.Match) -> bool:
             return _is_random(match[0]) and not _DIGEST_BEFORE.search(_before(match))

@@ -402,6 +402,33 @@ class Workdir:
         ]
         self._write_manifest({**manifest, "stages": [*others, entry]})
 
+    def record_change(self, path: Path) -> None:
+        """Have the manifest say what a recorded file is now; one that is gone is dropped from it.
+
+        For lines that a user asked to remove; the stages stay finished.
+        """
+        if not self.manifest_file.exists():
+            return
+        relative = path.absolute().relative_to(self.root.absolute()).as_posix()
+        now = (
+            [{"path": relative, "size": path.stat().st_size, "sha256": sha256(path)}]
+            if path.exists()
+            else []
+        )
+        manifest = self._read_manifest()
+        stages = [
+            entry
+            | {
+                "files": [
+                    new
+                    for file in entry["files"]
+                    for new in (now if file["path"] == relative else [file])
+                ]
+            }
+            for entry in manifest["stages"]
+        ]
+        self._write_manifest(manifest | {"stages": stages})
+
     def entry(self, round_number: int, stage: str) -> dict[str, Any] | None:
         """The manifest's entry of a stage, or None."""
         for entry in self._read_manifest()["stages"]:

@@ -21,7 +21,7 @@ from oel_jax.data.joining import Joiner
 from oel_jax.data.messages import answer_message, user
 from oel_jax.data.trajectories import Trajectory, Transcript, Turn
 from oel_jax.data.trajectory_files import write_line
-from oel_jax.data.trajectory_schema import encode
+from oel_jax.data.trajectory_schema import decode_line, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -243,7 +243,7 @@ def test_new_exchanges_and_comments_since_a_mark():
         joiner.add(piece)
     joiner.comment("a.0", "long")
     joiner.comment("a.3", "short")
-    fresh = list(joiner.exchanges(mark))
+    fresh = [decode_line(line) for line, _ in joiner.lines(mark)]
     assert [(one.id, one.parent) for one in fresh] == [("a.2", "a.1"), ("a.3", "a.2")]
     assert fresh[1].turns[0].feedback == "short"
     assert list(joiner.comments(mark)) == [("a.0", "long")]
@@ -479,6 +479,19 @@ def test_nothing_is_written_before_it_is_redacted(tmp_path):
     }
     assert one.turns[1].feedback == "no [X]" and len(one.turns) == 2
     assert store.redacted["secret"] >= 8
+
+
+def test_ids_stay_what_feedback_and_forgetting_name(tmp_path):
+    """An id that looks like a key is still the id that a client knows."""
+    from oel_jax.logs.redaction import Redactor
+
+    name, who = "chatcmpl-9aBcD3fGh1JkL2mNoP4qRsT5uVwX", "22fd00" + "0a" * 29
+    with ConversationStore(tmp_path, redactor=Redactor()) as store:
+        store.append_exchange(exchange(name, [user("x")], "y", user=who))
+        store.append_feedback(name, "mail a@b.org", user="a@b.org")
+    (one,) = store.read(on_bad="error")
+    assert (one.id, one.user, one.turns[0].feedback) == (name, who, "mail [EMAIL]")
+    assert b"a@b" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
 
 
 def test_a_damaged_store_is_read_but_for_the_bad_lines(tmp_path, caplog):

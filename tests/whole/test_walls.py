@@ -86,7 +86,9 @@ def test_the_server_side_never_imports_a_game(room):
     )
 
 
-@pytest.mark.parametrize("room", ["data", "runs.workdir", "environments", "config.defaults"])
+@pytest.mark.parametrize(
+    "room", ["data", "logs", "runs.workdir", "environments", "config.defaults"]
+)
 def test_rooms_without_jax(room):
     jax = ["jax", "jaxlib", "flax", "optax", "orbax", "jaxtyping"]
     assert violations(ROOT, [room], jax) == []
