@@ -207,6 +207,7 @@ def _look(run: Run, round_number: int) -> _New:
 def found(config: ml_collections.ConfigDict, workdir: Workdir) -> Iterator[Trajectory]:
     """All conversations that a run can see, used or not."""
     if config.logs.path:
+        from oel_jax.logs.forgetting import Forgotten
         from oel_jax.logs.reading import read_conversations
         from oel_jax.logs.redaction import Redactor
 
@@ -214,6 +215,7 @@ def found(config: ml_collections.ConfigDict, workdir: Workdir) -> Iterator[Traje
             config.logs.path,
             feedback_fields=config.logs.feedback_fields,
             redact=Redactor() if config.logs.redact else None,
+            forgotten=Forgotten.of(workdir),
         )
     if workdir.conversations.is_dir():
         from oel_jax.data.conversations import ConversationStore

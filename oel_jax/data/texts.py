@@ -1,8 +1,8 @@
 """All texts of a trajectory that a person or a model wrote, changed by one function.
 
-What names a thing of the conversation's machinery stays: roles, names of tools, the descriptions' own
-schemas, ids of calls and of exchanges. Ids of users and conversations that the function would change
-become opaque ones, so that a person is still one person and can be forgotten. Imports no JAX.
+What names a thing stays: roles, names of tools, ids of calls and of exchanges. Ids of users and
+conversations that the function would change become opaque ones, so that a person is still one
+person and can be forgotten. Imports no JAX.
 """
 
 import hashlib

@@ -378,7 +378,10 @@ def test_what_readers_would_refuse_is_not_written(tmp_path):
 
 
 def run_python(code, *arguments):
-    program = "from tests.data.test_conversations import *\n" + textwrap.dedent(code)
+    begin = (
+        "import sys; sys.path.append('tests')\nfrom tests.data.test_conversation_store import *\n"
+    )
+    program = begin + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=HANG,

@@ -509,7 +509,8 @@ def test_unwritable_places_are_user_errors(tmp_path):
 
 
 def run_python(code, *arguments):
-    program = "from tests.data.test_trajectories import *\n" + textwrap.dedent(code)
+    begin = "import sys; sys.path.append('tests')\nfrom tests.data.test_trajectories import *\n"
+    program = begin + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=HANG,
