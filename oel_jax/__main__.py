@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: {name!r} is no command of oel\n\n{_usage()}", file=sys.stderr)
         return 2
-    if name in ("run", "study", "online"):
+    if name in ("run", "study"):
         preemption.listen()  # before what takes time to import: a notice may come at once
     module = import_module(COMMANDS[name][0])
     if name == "run":

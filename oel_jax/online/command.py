@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from oel_jax.base import paths, preemption
+from oel_jax.base import paths
 from oel_jax.base.errors import UserError
 from oel_jax.config.command_line import read_overrides, split_overrides
 from oel_jax.config.defaults import with_fields
@@ -38,6 +38,32 @@ from oel_jax.runs.metrics import duration
 _ADDRESS = re.compile(r"http://[\w.:\[\]-]+:\d+")
 _UP = 600.0  # seconds for the server to load its model and compile
 _DOWN = 60.0  # seconds for a part to end after it was asked to
+_STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}  # as main's
+
+
+class Stopped(Exception):
+    """This process was told to stop; `status` is its exit status then."""
+
+    def __init__(self, status: int):
+        super().__init__("stopped")
+        self.status = status
+
+
+class _Notice:
+    """Remembers the first signal. Nothing is raised from a handler, so that parts are stopped."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        for number in _STATUS:
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, _: object) -> None:
+        self._first = self._first or number
+
+    def check(self) -> None:
+        """Raises Stopped after a signal."""
+        if self._first is not None:
+            raise Stopped(_STATUS[self._first])
 
 
 class _Part:
@@ -73,15 +99,16 @@ class _Part:
                 sys.stdout.flush()
         self._ready.set()
 
-    def wait_for_address(self) -> str:
+    def wait_for_address(self, notice: _Notice) -> str:
         """The URL that the part prints when it is ready.
 
         Raises:
           UserError: it ended, or printed none in time.
+          Stopped: there was a signal.
         """
         end = time.monotonic() + _UP
         while not self._ready.wait(0.2):
-            preemption.stop_if_noticed()
+            notice.check()
             if time.monotonic() > end:
                 raise UserError(f"the {self.name} was not ready after {_UP:.0f} s: {self.tail()}")
         if not self.address:
@@ -117,8 +144,9 @@ def online(given: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     Raises:
       UserError: the config or a part is not as it should be.
-      Preempted: this process was told to stop; the parts are stopped then.
+      Stopped: this process was told to stop; the parts are stopped then.
     """
+    notice = _Notice()
     config = with_fields(load_config(given.config), read_overrides(overrides))
     if config.game.name is not None:
         raise UserError(
@@ -130,47 +158,47 @@ def online(given: argparse.Namespace, overrides: Sequence[str]) -> int:
     learner = _Part("learner", _learner(given, overrides), place / "learner.log", shown=True)
     parts = [learner]
     try:
-        _wait_for_config(given.workdir / "config.json", learner)
+        _wait_for_config(given.workdir / "config.json", learner, notice)
         server = _Part("server", _server(given), place / "server.log")
         parts.append(server)
-        url = server.wait_for_address()
+        url = server.wait_for_address(notice)
         print(f"server: {url}, log {server.log}", flush=True)
         players = _Part("players", _players(given, url, games), place / "players.log")
         parts.append(players)
         print(f"players: {given.players} at once, log {players.log}", flush=True)
-        status = _watch(parts, learner)
+        status = _watch(parts, learner, notice)
         if status:
             return status
-        _let_them_play(parts, games, config.rounds, given.last_games)
+        _let_them_play(parts, games, config.rounds, given.last_games, notice)
     finally:
-        for part in reversed(parts):
+        for part in reversed(parts):  # players first, so that the server sees no more requests
             part.stop()
     print(players.tail(1).partition("\n")[2].strip())
     print(summarise(games, place, rounds=config.rounds))
     return 0
 
 
-def _wait_for_config(file: Path, learner: _Part) -> None:
+def _wait_for_config(file: Path, learner: _Part, notice: _Notice) -> None:
     """Until the learner has written the config, by which the server knows its model and sizes.
 
     Raises:
       UserError: it ended before.
     """
     while not file.exists():
-        preemption.stop_if_noticed("nothing had begun")
+        notice.check()
         if learner.status is not None:
             raise UserError(f"the learner ended ({learner.status}); {learner.tail()}")
         time.sleep(0.2)
 
 
-def _watch(parts: Sequence[_Part], learner: _Part) -> int:
+def _watch(parts: Sequence[_Part], learner: _Part, notice: _Notice) -> int:
     """Until the learner has ended; its status.
 
     Raises:
       UserError: another part ended before.
     """
     while learner.status is None:
-        preemption.stop_if_noticed("the server, the learner and the players are stopped")
+        notice.check()
         for part in parts:
             if part is not learner and part.status is not None:
                 raise UserError(f"the {part.name} ended ({part.status}); {part.tail()}")
@@ -180,7 +208,9 @@ def _watch(parts: Sequence[_Part], learner: _Part) -> int:
     return learner.status
 
 
-def _let_them_play(parts: Sequence[_Part], games: Path, rounds: int, wanted: int) -> None:
+def _let_them_play(
+    parts: Sequence[_Part], games: Path, rounds: int, wanted: int, notice: _Notice
+) -> None:
     """Until there are `wanted` games of the last policy alone.
 
     Raises:
@@ -188,7 +218,7 @@ def _let_them_play(parts: Sequence[_Part], games: Path, rounds: int, wanted: int
     """
     last, shown, began = f"round_{rounds:03d}", 0.0, time.monotonic()
     while True:
-        preemption.stop_if_noticed("the server, the learner and the players are stopped")
+        notice.check()
         done = sum(game["policies"] == [last] for game in played(games))
         if done >= wanted:
             return
@@ -238,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--players", type=int, default=32, help="games at once")
     parser.add_argument("--game", default="frozen_lake", help="what the players play")
     parser.add_argument(
-        "--pause", type=float, default=0.5, help="seconds a player waits between two turns"
+        "--pause", type=float, default=1.5, help="seconds a player waits between two turns"
     )
     parser.add_argument(
         "--last_games", type=int, default=256, help="games with the last policy before the end"
@@ -250,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    except preemption.Preempted as error:
-        print(f"\n{preemption.last_words(error.kept)}", file=sys.stderr)
-        return preemption.status()
+    except Stopped as stopped:
+        print(
+            "stopped, and all parts with it. The same command resumes from here.", file=sys.stderr
+        )
+        return stopped.status
