@@ -15,7 +15,6 @@ import jax  # after JAX_PLATFORMS is set
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiers
 
 # Virtual devices for the tests of meshes; unlike XLA_FLAGS this does not leak into subprocesses.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,11 +30,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tiers"]
-# Before anything is compiled: a full cache holds about two thousand files.
-kept = Path(os.environ["OEL_TEST_XLA_CACHE"])
-tiers.judged = kept.is_dir() and sum(1 for _ in kept.iterdir()) > 1000
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """Before anything is compiled: a full cache holds about two thousand files."""
+    import tiers  # pytest_plugins has imported it by now, with its asserts rewritten
+
+    kept = Path(os.environ["OEL_TEST_XLA_CACHE"])
+    tiers.judged = kept.is_dir() and sum(1 for _ in kept.iterdir()) > 1000
 
 
 @pytest.fixture(autouse=True, scope="module")
