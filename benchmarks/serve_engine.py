@@ -83,6 +83,10 @@ class Ours(Side):
         sizes = serving_sizes(slots=len(talks), length=prompt + 64 + answer, response=answer)
         self.engine = Engine(model, "start", sizes, sampling=Sampling(0.0))
 
+    def warm_up(self) -> None:
+        """Compile what is needed."""
+        self.engine.warm_up()
+
     def __call__(self) -> None:
         self.engine._sampler.forget()  # as if no prompt had been seen before
         self.tokens, self.first = [], []
@@ -221,6 +225,7 @@ def measured(side: Side, notes: dict[str, list[float]]) -> Callable[[], None]:
         notes["tokens"].append(tokens)
         notes["rate"].append(tokens / (time.perf_counter() - began))
         notes["processor"].append((side.processor_seconds() - used) / tokens)
+        print(f"  {tokens} tokens, {1000 * notes['processor'][-1]:.0f} processor ms each")
 
     call.warm_up = getattr(side, "warm_up", call)  # type: ignore[attr-defined]
     return call

@@ -22,6 +22,8 @@ class SamplerConfig:
       overlap: `poll` returns the answers of the call before while the device decodes on.
       draft: tokens drafted from a slot's own text and verified in each pass; 0: none.
       stops: ids that can end one response, at most.
+      any_settings: requests may bring settings of any kind and nothing is compiled for them: the
+        number of candidates that are sorted is rounded up to one of a few.
       reuse: a prompt takes over whole chunks (`prefill_chunk`) that any prompt with the same
         beginning has left in a slot, see `sampler/reuse.py`; without shared prefixes only.
       follow: `Sampler.progress` has the tokens that running requests got in the last dispatch.
@@ -42,6 +44,7 @@ class SamplerConfig:
     overlap: bool = False
     draft: int = 0
     stops: int = 8
+    any_settings: bool = False
     reuse: bool = False
     follow: bool = False
     seconds: float = 5.0

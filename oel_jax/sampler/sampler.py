@@ -29,6 +29,7 @@ from oel_jax.sampler.slots import (
     release,
 )
 
+ROUND_WIDTHS = (64, 1024)  # what is sorted with `SamplerConfig.any_settings`, or all
 MOST_WIDTHS = 8  # numbers of candidates that decoding is compiled for at once, see `_widths`
 
 
@@ -75,6 +76,8 @@ class Sampler:
         self.sampling, self.stop_ids = sampling or Sampling(), tuple(stop_ids)
         self.sampling.check()
         self._recent_widths = [self._width(self.sampling)]
+        if config.any_settings:
+            self._recent_widths = sorted({0, *map(self._rounded, (1, *ROUND_WIDTHS, 1 << 30))})
         self._in_flight = False
         self._pace = Pace(config.decode_steps, config.seconds)
         self.progress: list[RequestProgress] = []  # of the last `poll`, with `config.follow`
@@ -207,7 +210,14 @@ class Sampler:
         return self.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
 
     def _width(self, sampling: Sampling) -> int:
-        return sampling.candidates(self.cfg.vocab_size)
+        width = sampling.candidates(self.cfg.vocab_size)
+        return self._rounded(width) if self.config.any_settings and width > 1 else width
+
+    def _rounded(self, width: int) -> int:
+        vocabulary = self.cfg.vocab_size
+        if width == 1:
+            return 1
+        return min((w for w in ROUND_WIDTHS if width <= w < vocabulary), default=vocabulary)
 
     def _widths(self, running: Sequence[int]) -> tuple[int, ...]:
         """Numbers of candidates that decoding has to know, sorted.

@@ -45,17 +45,19 @@ def _from_all(z: Array, keys: Array, count: Array) -> Int[Array, " B"]:
 
 
 def _from_best(
-    candidates: int, z: Array, top_p: Array, keys: Array, count: Array
+    width: int, how: RowSampling, z: Array, keys: Array, count: Array
 ) -> Int[Array, " B"]:
-    """Draw one id per row from the likeliest `candidates` that lie in the nucleus."""
-    values, ids = vocab.top_k(z, candidates)
-    if candidates == 1:
+    """Draw one id per row from its candidates, at most `width`, that lie in the nucleus."""
+    values, ids = vocab.top_k(z, width)
+    if width == 1:
         return ids[:, 0]
+    top_p = how.top_p
+    values = jnp.where(jnp.arange(width) < how.candidates[:, None], values, -jnp.inf)
     probs = jax.nn.softmax(values)
     before = jnp.cumsum(probs, axis=-1) - probs
     inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     values = jnp.where(inside, values, -jnp.inf)
-    picked = jnp.argmax(values + _noise(keys, count, candidates), axis=-1)
+    picked = jnp.argmax(values + _noise(keys, count, width), axis=-1)
     return jnp.take_along_axis(ids, picked[:, None], axis=1)[:, 0]
 
 
@@ -75,13 +77,13 @@ def _choose(
     def drawn(width: int) -> Int[Array, " B"]:
         if width == 0:
             return _from_all(z, keys, count)
-        return _from_best(width, z, how.top_p, keys, count)
+        return _from_best(width, how, z, keys, count)
 
     if len(widths) == 1:
         return drawn(widths[0])
     token = nothing = jnp.zeros(z.shape[0], jnp.int32)
-    for width in widths:
-        mine = how.candidates == width
+    for width, below in zip(widths, (-1, *widths), strict=False):
+        mine = (how.candidates > below) & (how.candidates <= width)
         found = jax.lax.cond(mine.any(), partial(drawn, width), lambda: nothing)
         token = jnp.where(mine, found, token)
     return token
@@ -99,8 +101,10 @@ def sample(
 
     Args:
       how: settings of each row.
-      widths: all numbers of candidates that occur in `how`, static. With one of them, every row is
-        drawn in that way; a row whose number is not among several gets a token of no meaning.
+      widths: static, rising: a row sorts as many of the likeliest tokens as the first one that is
+        not below its number of candidates; 0 must be there if a row has it. With one width every
+        row is drawn in that way; a row that is above all of several gets a token of no meaning.
+        The random numbers of a row depend on its width.
       limit: ids >= limit (padding rows of the embedding) are never sampled.
       logits: float32, whole rows.
       keys: raw key of each row's request; `count`, the number of tokens it has generated, is

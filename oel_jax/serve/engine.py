@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 from oel_jax.models.language_model import LanguageModel
+from oel_jax.models.lengths import padded_length
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.requests import Completion, Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
@@ -74,7 +75,7 @@ class Engine:
 
     Attributes:
       policy_name: named by every answer.
-      sizes: of its sampler; `follow` and `reuse` are always on.
+      sizes: of its sampler; `follow`, `reuse` and `any_settings` are always on.
       waiting: requests that may wait for a slot; more are refused.
       ended: called by the thread with every answer that has ended; it must be quick.
       shadow: called with every request that is taken; it must be quick.
@@ -98,7 +99,7 @@ class Engine:
           ValueError: the sizes do not fit the model's mesh.
         """
         self.model, self.policy_name = model, policy_name
-        self.sizes = replace(sizes, follow=True, reuse=True)
+        self.sizes = replace(sizes, follow=True, reuse=True, any_settings=True)
         self.waiting = waiting
         self.ended: Callable[[Answer], None] | None = None
         self.shadow: Callable[[Request], None] | None = None
@@ -164,6 +165,24 @@ class Engine:
             for request in requests:
                 shadow(request)
         return answers
+
+    def warm_up(self) -> str:
+        """Answer prompts of every size into which they are cut, so that all is compiled.
+
+        Returns: why it cannot answer; '' if it can.
+        """
+        chunk, room = self.sizes.prefill_chunk, self.sizes.length - 2
+        ends = {}  # the longest piece of each padded size
+        for count in range(min(chunk, room - 1) + 1):
+            ends[padded_length(count)] = count
+        answers = []
+        for number, count in enumerate(ends.values()):
+            prompt = [number % self.model.vocab_limit] * (count + 1)
+            request = Request(prompt, request_key("warm-up"), 1, stop_ids=())
+            answers.append(self.submit(request))
+            answers[-1].wait()
+        bad = [answer for answer in answers if answer.finish != "length"]
+        return (bad[0].reason or str(bad[0].finish)) if bad else ""
 
     def cancel(self, answers: Iterable[Answer], reason: str = "cancelled") -> None:
         """Give up answers; those that have finished stay as they are. Never blocks."""

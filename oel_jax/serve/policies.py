@@ -23,7 +23,7 @@ from oel_jax.models.language_model import LanguageModel
 from oel_jax.runs import acceptance
 from oel_jax.runs.acceptance import Policy
 from oel_jax.runs.workdir import Workdir
-from oel_jax.sampler.requests import Request, RequestError, request_key
+from oel_jax.sampler.requests import Request, RequestError
 from oel_jax.serve.answer import Answer
 from oel_jax.serve.engine import Engine, Full, Unavailable
 from oel_jax.serve.guard import GuardLimits, Record, why_worse
@@ -309,12 +309,9 @@ class Policies:
         """Load a policy and let it answer once: its programs are compiled then."""
         engine = self._serve(self._load(policy), policy.name)
         self._paths[policy.name] = policy
-        request = Request([0] * 4, request_key("warm-up"), 2, stop_ids=())
-        answer = engine.submit(request)
-        answer.wait()
-        if answer.finish != "length":
+        if why := engine.warm_up():
             engine.drain()
-            raise _Broken(f"it cannot answer ({answer.reason}); see the log")
+            raise _Broken(f"it cannot answer ({why}); see the log")
         engine.ended = self._ended
         return engine
 

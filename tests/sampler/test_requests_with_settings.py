@@ -201,3 +201,54 @@ def test_a_vocabulary_is_sorted_only_where_it_is_asked_for():
     assert "chlo.top_k" in text(20)
     cases = plain.count("stablehlo.case")
     assert text(0, width).count("stablehlo.case") == cases + 2  # each where a row asks for it
+
+
+# --- settings of any kind, in few widths ----------------------------------------------------------
+
+
+def rounded(how, width, limit, logits, keys, count):
+    """A draw from the sorted `width` likeliest tokens of which the settings allow some."""
+    z = np.where(np.arange(logits.shape[-1]) < limit, logits, -np.inf) / how.temperature
+    drawn = []
+    for row, key, index in zip(z, keys, count, strict=True):
+        order = np.argsort(-row, kind="stable")[:width]
+        values = row[order].astype(np.float64)
+        values[min(how.top_k or len(row), len(row)) :] = -np.inf
+        probs = np.exp(values - values[0])
+        before = np.cumsum(probs / probs.sum()) - probs / probs.sum()
+        values[before >= how.top_p] = -np.inf
+        folded = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        drawn.append(order[np.argmax(values + np.asarray(jax.random.gumbel(folded, (width,))))])
+    return drawn
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (40, 0.9), (64, 0.5), (5, 0.3), (65, 0.8)])
+def test_a_width_above_the_candidates_leaves_the_others_out(top_k, top_p):
+    draw = np.random.default_rng(top_k)
+    logits = (draw.normal(size=(200, 300)) * 2).astype(np.float32)
+    keys = np.stack([request_key("wide", row) for row in range(200)])
+    count = draw.integers(0, 100, 200).astype(np.int32)
+    how, widths = Sampling(0.8, top_k, top_p), (0, 1, 64, 128, 300)
+    rows = RowSampling.of([how] * 200, 300)
+    given = (290, logits, keys, count)
+    tokens = jax.jit(sample, static_argnums=(1, 2))(rows, widths, *given)[0]
+    expected = rounded(how, 64 if top_k <= 64 else 128, *given)
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def test_settings_of_any_kind_compile_nothing(model, requests):
+    sampler = make(model, any_settings=True, slots=4)
+    sampler.generate(model.params, requests[:1])
+    programs = decode._cache_size()
+    kinds = [Sampling(0.3 + k / 40, k, 1 - k / 90) for k in range(40)]
+    asked = [replace(requests[k % 27], sampling=how, tag=k) for k, how in enumerate(kinds)]
+    together = sampler.generate(model.params, asked)
+    assert decode._cache_size() == programs
+    for k in (0, 1, 7, 39):  # the answer that it has alone
+        (one,) = make(model, any_settings=True, slots=4).generate(model.params, [asked[k]])
+        assert one.ids == together[k].ids
+    plain = make(model).generate(model.params, requests)
+    ours = sampler.generate(model.params, requests)
+    for a, b, request in zip(ours, plain, requests, strict=True):
+        if request.sampling.candidates(model.cfg.vocab_size) in (0, 1, model.cfg.vocab_size):
+            assert a.ids == b.ids  # what is not rounded draws as ever

@@ -1,8 +1,12 @@
 """The engine: many clients, one sampler; each answer is the one that its request has alone."""
 
 import asyncio
+import gc
 import threading
+import tracemalloc
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -186,3 +190,38 @@ def test_closing_finishes_what_is_taken_and_refuses_the_rest(model):
     assert not late.close(0)
     assert all(answer.finish for answer in answers)
     assert "cancelled" in {answer.finish for answer in answers}
+
+
+def test_memory_does_not_grow_with_requests(model):
+    """Device arrays, answers and the Python heap are what they were after hundreds before."""
+    engine = Engine(model, "p", SIZES, waiting=50)
+    alive = weakref.WeakSet()
+
+    def many(count, first):
+        for start in range(first, first + count, 40):
+            some = []
+            for index in range(start, start + 40):
+                prompt = [9 + index % 80, 9 + index // 80 % 80, 11]
+                some.append(engine.submit(Request(prompt, request_key(index), 1 + index % 3)))
+                if index % 9 == 0:
+                    some[-1].cancel()
+            alive.update(some)
+            assert all(answer.wait(300) for answer in some)
+
+    def state():
+        gc.collect()
+        return sum(a.nbytes for a in jax.live_arrays()), tracemalloc.get_traced_memory()[0]
+
+    many(400, 0)
+    tracemalloc.start()
+    many(200, 400)
+    arrays, heap = state()
+    many(1400, 600)
+    more_arrays, more_heap = state()
+    tracemalloc.stop()
+    assert more_arrays == arrays
+    assert more_heap < heap + 100_000
+    assert engine.close(300)
+    engine = None
+    gc.collect()
+    assert len(alive) == 0
