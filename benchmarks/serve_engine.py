@@ -243,6 +243,13 @@ def main() -> int:
         ("system", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument(
+        "--serve_clients",
+        type=int,
+        default=0,
+        help="fewer clients for transformers serve, which answers one after the other: its rate is "
+        "the same, and is measured sooner; 0: all",
+    )
     parser.add_argument("--peers", default="batched,serve", help="of batched, serve")
     options = parser.parse_args()
     directory = Path(paths.local(options.model, "--model"))
@@ -263,7 +270,8 @@ def main() -> int:
     served = None
     if "serve" in peers:
         log = Path(options.out) / "transformers_serve.log"
-        sides["transformers serve"] = served = Served(directory, talks, options.answer, log)
+        few = talks[: options.serve_clients or None]
+        sides["transformers serve"] = served = Served(directory, few, options.answer, log)
     notes = {name: {"tokens": [], "rate": [], "processor": []} for name in sides}
     try:
         seconds = race(
@@ -291,7 +299,7 @@ def main() -> int:
         ]
         for name, some in kept.items()
     ]
-    names = ("clients", "prompt", "answer", "turns", "system")
+    names = ("clients", "serve_clients", "prompt", "answer", "turns", "system")
     return finish(
         "serve_engine",
         {"model": directory.name, **{name: getattr(options, name) for name in names}},
