@@ -50,7 +50,7 @@ CREATE TABLE waiting (parent TEXT, line BLOB);
 CREATE TABLE comments (key TEXT, text TEXT);
 """
 _COLUMNS = "nodes.node, parent, next, header, nodes.key, made, nodes.digest, hash, left"
-_FACTS = ("time", "sampling", "finish", "policy", "prompt_ids", "response_ids")
+_FACTS = ("time", "sampling", "finish", "policy", "approved", "prompt_ids", "response_ids")
 
 
 class _Node(NamedTuple):

@@ -6,7 +6,9 @@
     conversation        {"conversation": [{"role", "content"}, ...]}: rows of WildChat and LMSYS
     schema              oel.trajectory/1 and /2, oel.feedback/1: our own files
 
-A number that judges (rating, score, reward, thumbs, ...) is never read, only counted by its name.
+`"approved": true` of a record or of an answer's message marks an answer that its user approved of;
+evaluation asks how likely such answers are. A number that judges (rating, score, reward, thumbs,
+...) is never read, only counted by its name.
 """
 
 import datetime
@@ -232,6 +234,7 @@ class _Reader:
             answer=None if plain else message,
             feedback=self._comment_in(item),
             time=_time(item, _TIME),
+            approved=item.get("approved") is True,
         )
 
     def _answer_comment(self, turns: list[Turn], item: Any) -> None:
@@ -248,6 +251,8 @@ class _Reader:
         for place in self.places:
             self._count_scores(place)
         turns = self._with_comments(turns)
+        if any(place.get("approved") is True for place in self.places):
+            turns[-1] = altered(turns[-1], approved=True)
         if turns[-1].time is None:
             time = next(filter(None, (_time(place, _TIME) for place in self.places)), None)
             turns[-1] = altered(turns[-1], time=time)

@@ -341,6 +341,18 @@ def test_a_field_with_the_name_of_a_score_gives_its_texts_only(tmp_path):
     assert set(report.scores) == {"review_score"}
 
 
+def test_approved_answers_are_marked_by_true_alone(tmp_path):
+    talk = said("q", "a", "r", "b")
+    talk[1]["approved"] = True
+    records = [{"messages": talk, "approved": value} for value in (True, 1, "yes", False, None)]
+    for number, record in enumerate(records):
+        record["conversation_id"] = str(number)
+    found, _ = read(write(tmp_path / "a.jsonl", *records))
+    assert [[t.approved for t in one.turns] for one in found] == [
+        [True, number == 0] for number in range(5)
+    ]
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 ANSWER = {"role": "assistant", "content": "a"}
