@@ -81,14 +81,13 @@ class Chain:
 
     def start(self, trajectory: Trajectory) -> bytes:
         """Of no messages; conversations that must not be mixed up start differently."""
-        return self._digest(b"", repr(_seed(trajectory)).encode("utf-8"))
+        data = repr(_seed(trajectory)).encode("utf-8")
+        return hashlib.blake2b(data, key=self._key, digest_size=self._size).digest()
 
     def step(self, before: bytes, message: Message) -> bytes:
         """Of the messages before and one more."""
-        return self._digest(before, canonical(message))
-
-    def _digest(self, before: bytes, data: bytes) -> bytes:
-        return hashlib.blake2b(before + data, key=self._key, digest_size=self._size).digest()
+        data = before + canonical(message)
+        return hashlib.blake2b(data, key=self._key, digest_size=self._size).digest()
 
 
 def _seed(trajectory: Trajectory) -> dict[str, Any]:

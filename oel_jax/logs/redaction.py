@@ -25,7 +25,7 @@ import importlib.util
 import ipaddress
 import re
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +90,6 @@ _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
     re.DOTALL,
 )
-_ASSIGNING = ("key", "secret", "token", "pass", "pwd", "bearer")
 _ASSIGNED = re.compile(
     r"(\b(?:api[_ -]?key|secret(?:[_ -]?(?:access[_ -]?)?key)?|access[_ -]?token|auth[_ -]?token"
     r"|token|passw(?:or)?d|passwort|pwd|client[_ -]?secret|bearer)\b[\"']?(?:\s*[=:]\s*| )[\"']?)"
@@ -225,7 +224,7 @@ class Redactor:
         Raises:
           UserError: the hook failed or returned no text.
         """
-        counts: Counter[str] = Counter()
+        counts: dict[str, int] = defaultdict(int)
         if self._hook is not None:
             text = self._own(text, counts)
         if "PRIVATE KEY-----" in text:
@@ -244,7 +243,6 @@ class Redactor:
             text = _numbers(text, counts)
         if not counts:
             return text, {}
-        counts = +counts
         self.total.update(counts)
         return text, dict(counts)
 
@@ -252,7 +250,7 @@ class Redactor:
         """The text to keep."""
         return self(text)[0]
 
-    def _own(self, text: str, counts: Counter[str]) -> str:
+    def _own(self, text: str, counts: dict[str, int]) -> str:
         try:
             new = self._hook(text)
         except Exception as error:
@@ -271,7 +269,11 @@ class Redactor:
 
 
 def _replace(
-    pattern: re.Pattern, text: str, right: Callable[[re.Match], bool], kind: str, counts: Counter
+    pattern: re.Pattern,
+    text: str,
+    right: Callable[[re.Match], bool],
+    kind: str,
+    counts: dict[str, int],
 ) -> str:
     def new(match: re.Match) -> str:
         if not right(match):
@@ -316,6 +318,18 @@ def _is_ipv6(match: re.Match) -> bool:
     return not (address.is_loopback or address.is_unspecified)
 
 
+def _assigns(lower: str) -> bool:
+    """Whether one of the words of `_ASSIGNED` may be there; spelled out, since it is always run."""
+    return (
+        "key" in lower
+        or "secret" in lower
+        or "token" in lower
+        or "pass" in lower
+        or "pwd" in lower
+        or "bearer" in lower
+    )
+
+
 def _outline(text: str) -> tuple[bool, int]:
     """Whether there is a long word of key characters, and how many digits there are at most.
 
@@ -327,11 +341,10 @@ def _outline(text: str) -> tuple[bool, int]:
     return long, digits if text.isascii() else digits + len(_DIGIT.findall(text))
 
 
-def _keys(text: str, counts: Counter[str], long: bool, digits: bool) -> str:
+def _keys(text: str, counts: dict[str, int], long: bool, digits: bool) -> str:
     if long:
         text = _replace(_KNOWN_KEYS, text, lambda m: True, "key", counts)
-    lower = text.lower()
-    if any([word in lower for word in _ASSIGNING]):
+    if _assigns(text.lower()):
 
         def assigned(match: re.Match) -> str:
             value = match[2]
@@ -352,7 +365,7 @@ def _keys(text: str, counts: Counter[str], long: bool, digits: bool) -> str:
     return text
 
 
-def _numbers(text: str, counts: Counter[str]) -> str:
+def _numbers(text: str, counts: dict[str, int]) -> str:
     pieces, done = [], 0
     for match in _NUMBER.finditer(text):
         before = _before(match)
@@ -366,7 +379,7 @@ def _numbers(text: str, counts: Counter[str]) -> str:
     return "".join((*pieces, text[done:])) if pieces else text
 
 
-def _number(run: str, before: str, counts: Counter[str]) -> str:
+def _number(run: str, before: str, counts: dict[str, int]) -> str:
     """A run of digits and gaps with its cards and telephone numbers replaced."""
     if run[:1] == "(" and run.count("(") > run.count(")"):
         return "(" + _number(run[1:], before, counts)
