@@ -26,6 +26,7 @@ from oel_jax.serve.answer import Answer, Piece, wake
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 60.0  # seconds for the end of the last dispatch, when the engine is closed
 FAILURES, FAILURE_SECONDS = 3, 60.0  # so many failures in this time: the engine is given up
 
 
@@ -207,7 +208,7 @@ class Engine:
             with self._changed:
                 left = list(self._live.values())
             self.cancel(left, "the server stopped")
-            self._thread.join()
+            self._thread.join(PATIENCE)  # a dispatch under way may be compiling
         return whole
 
     def drain(self) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 class GuardLimits:
     """When a new policy is rolled back: it is compared with the one before over their last answers.
 
+    It is judged once, as soon as both have enough of them. An answer that was cancelled, by its
+    client or at a stop text, is not one of them.
+
     Attributes:
       answers: of each that are compared; with fewer nothing is judged. 0: no guard.
       cut_off: the share of answers cut off by their budget may be so much larger (0.2: 20 points).

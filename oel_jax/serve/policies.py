@@ -96,7 +96,7 @@ class Policies:
         self._records: dict[str, Record] = {}
         self._retired: list[_Retired] = []
         self._trial: Engine | None = None
-        self._before: str | None = None  # whom the current one is compared with
+        self._before: str | None = None  # whom the newest one is compared with, until judged
         self._paths: dict[str, Policy] = {}
         self._said: set[str] = set()
         self._wake, self._closing = threading.Event(), False
@@ -235,9 +235,12 @@ class Policies:
         )
 
     def _judge(self) -> None:
-        """Roll the newest policy back if it answers worse; a trial that is passed ends."""
+        """Roll the newest policy back if it fails or answers worse; once judged, it is trusted."""
         newest = self._trial or self._current
-        if self._before is None or newest.policy_name == self._before:
+        if self._before is None:
+            return
+        if not newest.healthy:
+            self._roll_back("its engine has failed too often; see the log")
             return
         with self._lock:
             new, old = self._record(newest.policy_name), self._record(self._before)
@@ -251,7 +254,10 @@ class Policies:
                 old_engine, self._current = self._current, self._trial
                 self._trial, old_engine.shadow = None, None
                 self._retire(old_engine)
+                self._before = None
             logger.warning("policy %s has passed its trial and takes all", newest.policy_name)
+        elif enough:
+            self._before = None
 
     def _roll_back(self, reason: str) -> tuple[str, str]:
         newest = self._trial or self._current

@@ -211,6 +211,38 @@ def test_a_policy_that_answers_at_length_is_rolled_back(workdir, how):
     assert policies.close(300)
 
 
+def test_a_policy_whose_engine_fails_is_rolled_back(workdir):
+    policies = serving(workdir)
+    consolidated(workdir, 1)
+    until(lambda: policies.names() == ["round_001"], "the swap")
+    engine = policies.engine()
+    engine.model.params = {}
+    for index in range(3):
+        answer = engine.submit(request(index))
+        assert answer.wait(300) and answer.finish == "error"
+    until(lambda: policies.names() == ["round_000"], "the rollback")
+    assert "failed" in acceptance.refused(workdir)["round_001"]["reason"]
+    assert policies.engine().submit(request(9)).wait(300)
+    assert policies.close(300)
+
+
+def test_a_policy_that_was_judged_is_trusted(workdir):
+    policies = serving(workdir, guard=GuardLimits(answers=4, length=1.5))
+    for one in [policies.engine().submit(request(i, new=8)) for i in range(4)]:
+        assert one.wait(300)
+    consolidated(workdir, 1)
+    until(lambda: policies.names() == ["round_001"], "the swap")
+    for one in [policies.engine().submit(request(i, new=9)) for i in range(4)]:
+        assert one.wait(300)
+    until(lambda: policies._before is None, "the judgement")
+    for one in [policies.engine().submit(request(i, new=30)) for i in range(8)]:
+        assert one.wait(300)
+    policies._wake.set()
+    until(lambda: not policies._wake.is_set(), "another look")
+    assert policies.names() == ["round_001"]
+    assert policies.close(300)
+
+
 def test_a_shadow_answers_unseen(workdir):
     policies = serving(workdir, shadow=True, guard=GuardLimits(answers=6))
     consolidated(workdir, 1)
