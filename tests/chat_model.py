@@ -46,3 +46,36 @@ def write_chat_model(directory: Path) -> Path:
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (directory / "generation_config.json").write_text(json.dumps(ends))
     return directory
+
+
+def write_chain_model(directory: Path, pieces: tuple[str, ...]) -> Path:
+    """A model that always answers with these pieces of text, each of them one token.
+
+    Its blocks add nothing, so that the next token depends on the last one alone: the newline that
+    ends a prompt leads to the first piece, the last piece to the end of the turn.
+    """
+    import numpy as np
+    import tokenizers
+    from safetensors.numpy import load_file, save_file
+
+    write_model(directory, "qwen3")
+    write_tokenizer(directory)
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(one, normalized=False) for one in pieces])
+    backend.save(str(directory / "tokenizer.json"))
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(ends))
+    weights = load_file(directory / "model.safetensors")
+    for name, value in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = np.zeros_like(value)
+    weights["model.norm.weight"] = np.ones_like(weights["model.norm.weight"])
+    embedding = weights["model.embed_tokens.weight"]
+    output = np.zeros_like(embedding)
+    chain = ["\u010a", *pieces, "<|im_end|>"]  # the first: a newline, as byte-level BPE writes it
+    ids = [backend.token_to_id(one) for one in chain]
+    for last, following in zip(ids, ids[1:], strict=False):
+        output[following] = 10 * embedding[last] / np.linalg.norm(embedding[last])
+    weights["lm_head.weight"] = output
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

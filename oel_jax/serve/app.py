@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 import oel_jax
+from oel_jax.base.errors import UserError
 from oel_jax.serve import responses
 from oel_jax.serve.api_errors import ApiError, bad_request, of_validation
-from oel_jax.serve.gate import Gate
+from oel_jax.serve.gate import Gate, log_mistake, mistake
 from oel_jax.serve.keys import Keys
 from oel_jax.serve.measures import CONTENT_TYPE
 from oel_jax.serve.requests import ChatRequest, FeedbackRequest, RollbackRequest, TextRequest
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=BaseModel)
 _DEEPEST = 32  # levels of objects and lists in a body
+_FAILURES = (400, 401, 403, 404, 408, 413, 415, 429, 503, 504)  # of a request for an answer
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _CONVERSATION = "x-conversation-id"
 
@@ -43,6 +46,7 @@ def make_app(service: Service, keys: Keys, admin: Keys, *, hosts: frozenset[str]
         description="A policy behind OpenAI's API, with feedback and metrics.",
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
     )
     _add_errors(app)
     _add_chat(app, service)
@@ -50,6 +54,7 @@ def make_app(service: Service, keys: Keys, admin: Keys, *, hosts: frozenset[str]
     _add_models(app, service)
     _add_feedback(app, service)
     _add_operation(app, service)
+    _add_bodies(app)
     routes = frozenset(
         getattr(route, "path", "") for route in app.routes if getattr(route, "path", "")
     )
@@ -59,19 +64,40 @@ def make_app(service: Service, keys: Keys, admin: Keys, *, hosts: frozenset[str]
 # --- bodies ---------------------------------------------------------------------------------------
 
 
+_PLACE = "#/components/schemas/{model}"
+
+
 def _described(model: type[BaseModel]) -> dict[str, Any]:
     """The body of a route, for the description of the API."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    schema = {"$ref": _PLACE.format(model=model.__name__)}
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
     }
 
 
-def _answers(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+def _add_bodies(app: FastAPI) -> None:
+    """Put the bodies into the description: FastAPI knows those only that it reads itself."""
+    bodies = (ChatRequest, TextRequest, FeedbackRequest, RollbackRequest)
+    _, made = models_json_schema([(model, "validation") for model in bodies], ref_template=_PLACE)
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = make()
+        schema["components"]["schemas"].update(made["$defs"])
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _answers(
+    model: type[BaseModel], *statuses: int, streamed: bool = False
+) -> dict[int | str, dict[str, Any]]:
     """The responses of a route, for the description of the API."""
     errors = {status: {"model": responses.ApiErrorBody} for status in (*statuses, 500)}
-    return {200: {"model": model}, **errors}
+    good: dict[str, Any] = {"model": model}
+    if streamed:
+        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: good, **errors}
 
 
 async def _read(request: Request, model: type[B]) -> B:
@@ -144,11 +170,9 @@ def _add_errors(app: FastAPI) -> None:
         )
 
     @app.exception_handler(Exception)
-    async def mistake(_: Request, error: Exception) -> Response:
-        # The gate logs it: Starlette raises it again after this answer.
-        return error_response(
-            ApiError(500, "The server failed to answer this request", code="internal_error")
-        )
+    async def failed(request: Request, _: Exception) -> Response:
+        log_mistake(request.scope)
+        return error_response(mistake(request.scope))
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -278,7 +302,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         "/v1/chat/completions",
         summary="Answer a conversation",
         openapi_extra=_described(ChatRequest),
-        responses=_answers(responses.ChatCompletion, 400, 401, 404, 413, 415, 429, 503, 504),
+        responses=_answers(responses.ChatCompletion, *_FAILURES, streamed=True),
     )
     async def chat(request: Request) -> Response:
         body = await _read(request, ChatRequest)
@@ -291,7 +315,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
         "/v1/completions",
         summary="Continue a plain text",
         openapi_extra=_described(TextRequest),
-        responses=_answers(responses.TextCompletion, 400, 401, 404, 413, 415, 429, 503, 504),
+        responses=_answers(responses.TextCompletion, *_FAILURES, streamed=True),
     )
     async def text(request: Request) -> Response:
         body = await _read(request, TextRequest)
@@ -307,12 +331,14 @@ def _add_models(app: FastAPI, service: Service) -> None:
     def names() -> list[str]:
         return list(dict.fromkeys([CURRENT, *service.policies.names()]))
 
-    @app.get("/v1/models", summary="Policies", responses=_answers(responses.Models, 401, 403))
+    @app.get("/v1/models", summary="Policies", responses=_answers(responses.ModelList, 401, 403))
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [described(name) for name in names()]})
 
     @app.get(
-        "/v1/models/{model}", summary="One policy", responses=_answers(responses.Model, 401, 404)
+        "/v1/models/{model}",
+        summary="One policy",
+        responses=_answers(responses.ModelEntry, 401, 404),
     )
     async def model(model: str) -> Response:
         if model not in names():
@@ -325,7 +351,7 @@ def _add_feedback(app: FastAPI, service: Service) -> None:
         "/v1/feedback",
         summary="Say in words how an answer was",
         openapi_extra=_described(FeedbackRequest),
-        responses=_answers(responses.Feedback, 400, 401, 404, 409, 413, 415, 503),
+        responses=_answers(responses.FeedbackReceipt, *_FAILURES, 409),
     )
     async def feedback(request: Request) -> Response:
         body = await _read(request, FeedbackRequest)
@@ -345,7 +371,10 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         }
         return JSONResponse(state, 503 if service.stopping else 200)
 
-    @app.get("/metrics", summary="Numbers for Prometheus", response_class=Response)
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    page = {200: text, 401: {"model": responses.ApiErrorBody}}
+
+    @app.get("/metrics", summary="Numbers for Prometheus", response_class=Response, responses=page)
     async def metrics() -> Response:
         return Response(service.measures.page(), media_type=CONTENT_TYPE)
 
@@ -353,11 +382,16 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         "/admin/rollback",
         summary="Return to the policy before",
         openapi_extra=_described(RollbackRequest),
-        responses=_answers(responses.Rollback, 400, 401, 403, 409, 413, 415),
+        responses=_answers(responses.RollbackResult, *_FAILURES, 409),
     )
     async def rollback(request: Request) -> Response:
         body = await _read(request, RollbackRequest)
-        refused, policy = await asyncio.to_thread(
-            service.policies.rollback, body.reason or "asked for by the administrator"
-        )
+        reason = body.reason or "asked for by the administrator"
+        try:
+            refused, policy = await asyncio.to_thread(service.policies.rollback, reason)
+        except UserError as error:
+            logger.warning("rollback is not possible: %s", error)
+            raise ApiError(
+                409, "There is no earlier policy to roll back to, or it cannot be loaded"
+            ) from error
         return JSONResponse({"object": "rollback", "refused": refused, "policy": policy})

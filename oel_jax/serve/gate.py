@@ -27,6 +27,17 @@ _LINGER_BYTES, _LINGER_SECONDS = 64 * 2**20, 3.0  # see `_answer`
 _FORMS = ("", "application/json", "application/x-www-form-urlencoded")  # the last: `curl -d`
 
 
+def log_mistake(scope: Message) -> None:
+    """Log the exception that is being handled: once, with all there is."""
+    logger.exception("%s: failed", scope["oel.request"])
+
+
+def mistake(scope: Message) -> ApiError:
+    """What a client is told of it: the name under which it is in the log."""
+    text = f"The server failed; its log has more under {scope['oel.request']}"
+    return ApiError(500, text, code="internal_error")
+
+
 class Gate:
     """Lets requests in.
 
@@ -56,7 +67,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        name = f"req_{secrets.token_hex(8)}"
+        name = scope["oel.request"] = f"req_{secrets.token_hex(8)}"
+        path = scope["path"] if scope["path"] in self._routes else "other"
         status, told = 0, b""
 
         async def watched(message: Message) -> None:
@@ -64,8 +76,13 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
-            elif status >= 400 and len(told) < 4096:
+                self._service.measures.requests.labels(path, status).inc()
+            elif 400 <= status != 500:
                 told += message.get("body", b"")
+                if not message.get("more_body", False):
+                    logger.warning(
+                        "%s: %s %s: %d %s", name, scope["method"], path, status, _message(told)
+                    )
             await send(message)
 
         try:
@@ -75,18 +92,10 @@ class Gate:
             if not status:
                 await _answer(watched, error, receive if error.status == 413 else None)
         except Exception:
-            # Once, with all there is; the client learns the name under which it is found.
-            logger.exception("%s: failed", name)
+            if status != 500:  # else the application has logged it
+                log_mistake(scope)
             if not status:
-                text = f"The server failed; it is in its log as {name}"
-                await _answer(watched, ApiError(500, text, code="internal_error"))
-        finally:
-            path = scope["path"] if scope["path"] in self._routes else "other"
-            self._service.measures.requests.labels(path, status or 499).inc()
-            if status >= 400:
-                logger.warning(
-                    "%s: %s %s: %d %s", name, scope["method"], path, status, _message(told)
-                )
+                await _answer(watched, mistake(scope))
 
     def _check(self, scope: Message) -> None:
         """Raises ApiError for a request that the application need not see."""

@@ -1,8 +1,9 @@
 """What `GET /metrics` shows, in the form of Prometheus."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -43,6 +44,10 @@ class Measures:
         gauge.set_function(value)
         self._gauges.append(gauge)
 
+    def follow_policies(self, report: Callable[[], Mapping[str, Mapping[str, float]]]) -> None:
+        """Show what a report says of each policy when it is read: the same for all of them."""
+        self.registry.register(_PolicyCollector(report))
+
     def written(self, success: bool) -> None:
         """Count a try to record."""
         (self.recorded if success else self.unrecorded).inc()
@@ -50,3 +55,26 @@ class Measures:
     def page(self) -> bytes:
         """All numbers."""
         return generate_latest(self.registry)
+
+
+class _PolicyCollector:
+    """Turns a report, policy -> name -> number, into gauges with the label 'policy'."""
+
+    def __init__(self, report: Callable[[], Mapping[str, Mapping[str, float]]]):
+        self._report = report
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Nothing is asked for before there are policies."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The gauges as they are now."""
+        report = self._report()
+        for name in sorted({name for numbers in report.values() for name in numbers}):
+            gauge = GaugeMetricFamily(
+                f"oel_policy_{name}", f"Of the answers of a policy: {name}", labels=["policy"]
+            )
+            for policy, numbers in report.items():
+                if name in numbers:
+                    gauge.add_metric([policy], numbers[name])
+            yield gauge

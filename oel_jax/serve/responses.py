@@ -83,19 +83,19 @@ class TextCompletion(BaseModel):
     usage: Usage
 
 
-class Model(BaseModel):
+class ModelEntry(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelEntry]
 
 
-class Feedback(BaseModel):
+class FeedbackReceipt(BaseModel):
     object: Literal["feedback"]
     id: str
 
@@ -106,7 +106,7 @@ class Health(BaseModel):
     recording: Literal["on", "off", "failing"]
 
 
-class Rollback(BaseModel):
+class RollbackResult(BaseModel):
     object: Literal["rollback"]
     refused: str
     policy: str

@@ -51,6 +51,7 @@ class Job:
       id: of the completion; user, conversation, stored: what the client said of it.
       prompts: tokens of all prompts.
       shown: something of them has been given to the client.
+      settling: they are finished and being recorded; settled: that is done.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Job:
     stored: bool = True
     began: float = 0.0
     shown: bool = False
+    settling: bool = False
     settled: bool = False
 
     @property
@@ -94,6 +96,7 @@ class Service:
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="renderer")
         follow = self.measures.follow
         follow("oel_answers_in_progress", "Answers waiting or running", self._in_progress)
+        self.measures.follow_policies(self.policies.report)
         follow("oel_recording_failing", "1: the last write failed", lambda: self.recorder.failing)
 
     def _in_progress(self) -> int:
@@ -334,6 +337,7 @@ class Service:
         Raises:
           ApiError: they could not be recorded, and recording is required.
         """
+        job.settling = True
         exchanges = self._exchanges(job)
         try:
             await self.recorder.record(exchanges)
@@ -364,7 +368,7 @@ class Service:
             finish = one.finish if job.settled else "cancelled"
             self.measures.finishes.labels(one.policy, finish).inc()
             self.measures.generated_tokens.labels(one.policy).inc(len(one.ids))
-        if not job.settled and job.shown:
+        if not job.settling and job.shown:
             job.answers = [one for one in job.answers if one.said or one.thought or one.calls]
             for exchange in self._exchanges(job, "cancelled"):
                 self.recorder.record_later(exchange)

@@ -330,6 +330,7 @@ def test_many_at_once_have_the_answers_they_have_alone(served):
     page = served.client.get("/metrics").text
     assert 'oel_requests_total{route="/v1/chat/completions",status="200"} 30.0' in page
     assert "oel_recorded_total 30.0" in page and "oel_answers_in_progress 0.0" in page
+    assert 'oel_policy_answers{policy="round_000"}' in page
     assert SLOTS < len(texts)
 
 
