@@ -151,13 +151,16 @@ class Preparation:
             return list(turn.response_ids)
         return [*self._tokenizer.encode(turn.response), self._tokenizer.stop_ids[0]]
 
-    def extractor_reads(self, one: Trajectory) -> bool:
-        """Whether a conversation fits into the extractor's prompt."""
+    def hindrance(self, one: Trajectory) -> str | None:
+        """Why no knowledge can be drawn from a conversation; None: it can."""
         config = self._config
         if not has_extractor(config):
-            return True
+            return None
+        told = history(one, reactions=config.extract.history == "reactions")
+        if not told:
+            return "of extraction, nothing was said about its answers (config.extract.history)"
         message = prompts.extraction_prompt(
-            history(one, outcome_mode=config.extract.outcome),
+            told,
             "",
             version=config.extract.version,
             template=extraction_template(config),
@@ -165,7 +168,8 @@ class Preparation:
         )
         length = len(self._extractor.chat(message, thinking=config.model.thinking))
         length += config.extract.l_max if config.extract.previous else 0
-        return length <= extractor_budget(config)[0]
+        fits = length <= extractor_budget(config)[0]
+        return None if fits else "of extraction, too long (config.extract.max_prompt)"
 
 
 def _last_user(dialogue: Dialogue) -> tuple[int, str]:

@@ -104,10 +104,9 @@ def _make(run: Run, round_number: int) -> None:
         new.left_out,
         most=config.evaluate.conversations,
     )
-    pool = [one for one in train if preparation.extractor_reads(one)]
-    if len(pool) < len(train):
-        what = "of extraction, too long for the extractor (config.extract.max_prompt)"
-        new.left_out[what] += len(train) - len(pool)
+    reasons = [preparation.hindrance(one) for one in train]
+    new.left_out.update(reason for reason in reasons if reason)
+    pool = [one for one, reason in zip(train, reasons, strict=True) if not reason]
     chains = [_chain(config, round_number, number, pool, new) for number in _chains(config)]
     store = TrajectoryStore(run.workdir.trajectories(round_number))
     store.directory.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,9 @@ def extraction_template(config: ml_collections.ConfigDict) -> str | None:
       UserError: `extract.template_file` cannot be read, or lacks one of the two slots.
     """
     e = config.extract
-    if e.template_file not in (None, "paper"):
+    if e.template_file == "simple":
+        text = prompts.CHAT_SIMPLE
+    elif e.template_file not in (None, "paper"):
         text = prompts.load_template(e.template_file)
     else:
         text = prompts.built_in_template(extraction_domain(config), e.version)

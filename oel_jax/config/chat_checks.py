@@ -24,7 +24,13 @@ _WITHOUT_GAME: dict[str, Any] = {
 }
 OF_GAMES = (*_WITHOUT_GAME, "extract.template_file")
 _CONTROLS = ("none", "teacher_without_knowledge", "foreign_top_k")
-_OF_CHAT = ("extract.user_share", "evaluate.conversations", "evaluate.text_file", "evaluate.scorer")
+_OF_CHAT = (
+    "extract.user_share",
+    "extract.history",
+    "evaluate.conversations",
+    "evaluate.text_file",
+    "evaluate.scorer",
+)
 
 
 def is_chat(config: Any) -> bool:
@@ -71,6 +77,8 @@ def refuse_chat_fields(config: ml_collections.ConfigDict) -> None:
         if path.startswith("logs.") or path in _OF_CHAT:
             if _differs(values[path], field.default):
                 refuse(path, values[path], f"{field.default!r} {why}: it is for chat rounds")
+    if config.extract.template_file == "simple":
+        refuse("extract.template_file", "simple", f"another one {why}")
     if config.extract.place != "paper":
         refuse("extract.place", config.extract.place, f"'paper' {why}")
 

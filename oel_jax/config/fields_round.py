@@ -130,6 +130,15 @@ EXTRACT = (
         GAMES_FOR_KNOWLEDGE,
     ),
     Field(
+        "extract.history",
+        "whole",
+        choice("whole", "reactions"),
+        METHOD,
+        "chat rounds: the extractor reads 'whole' conversations, or 'reactions': only what users "
+        "said about the answers, for small models",
+        WRITING,
+    ),
+    Field(
         "extract.place",
         "paper",
         choice(*PLACES),
@@ -176,7 +185,8 @@ EXTRACT = (
         None,
         or_none(PATH),
         METHOD,
-        "None = released template, 'paper' = Figs. 10 and 11, or a text file",
+        "None = released template, 'paper' = Figs. 10 and 11, 'simple' = a short one for small models "
+        "that read reactions (extract.history); or a text file",
         NOTHING,  # its content counts
         convert=none_was(""),
     ),

@@ -6,6 +6,7 @@ import ml_collections
 
 from oel_jax.base.errors import UserError
 from oel_jax.config.budgets import extractor_budget, has_extractor, play_budget
+from oel_jax.config.chat_checks import is_chat
 from oel_jax.config.fields import refuse
 
 
@@ -87,8 +88,9 @@ def validate_against_model(
                     f"config.mesh.{axis}={size} does not divide {what} = {number}; with "
                     f"{device_count} device(s) it can be one of {fits}"
                 )
+    what = "an answer" if is_chat(config) else "a game"
     stages = {
-        "a game with knowledge (sampler.max_prompt + extract.l_max + sampler.max_response)": sum(
+        f"{what} with knowledge (sampler.max_prompt + extract.l_max + sampler.max_response)": sum(
             play_budget(config, True)
         ),
     }

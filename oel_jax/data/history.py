@@ -10,7 +10,7 @@ from oel_jax.data.trajectories import Trajectory
 FEEDBACK = "feedback of the user"
 
 
-def history(trajectory: Trajectory, *, outcome_mode: str = "full") -> str:
+def history(trajectory: Trajectory, *, outcome_mode: str = "full", reactions: bool = False) -> str:
     """What knowledge is drawn from: rounds of a game, or the messages of a conversation.
 
     A conversation whose messages are game prompts (it has a wrapper) is shown as a game; what was
@@ -18,13 +18,22 @@ def history(trajectory: Trajectory, *, outcome_mode: str = "full") -> str:
 
     Args:
         outcome_mode: of a game, see `prompts.extraction_history`.
+        reactions: of a conversation only what was said about the answers: what a user wrote after
+            one, in the next message or as feedback.
     """
     if trajectory.id is not None and not trajectory.wrapper:
-        return conversation_history(list(_parts(trajectory)))
+        return _of_conversation(trajectory, reactions)
     outcome = trajectory.outcome
     if outcome is None:
         outcome = trajectory.turns[-1].feedback
     return extraction_history(trajectory.exchanges(), outcome or "", outcome_mode=outcome_mode)
+
+
+def _of_conversation(trajectory: Trajectory, reactions: bool) -> str:
+    if not reactions:
+        return conversation_history(list(_parts(trajectory)))
+    said = [trajectory.feedback(turn).strip() for turn in range(len(trajectory.turns))]
+    return "\n".join(f'- "{text}"' for text in said if text)
 
 
 def _parts(trajectory: Trajectory) -> Iterator[tuple[str, str]]:

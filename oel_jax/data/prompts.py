@@ -229,6 +229,12 @@ Additional Experience:
 """
 )
 
+# For small models, which read what users said about answers and nothing else.
+CHAT_SIMPLE = """\
+{PREVIOUS_EXPERIENCE}
+{LATEST_EXPERIENCE}
+"""
+
 _TEMPLATES = {
     "game": {"v3": GAME_V3, "v4": GAME_V4},
     "math": {"v3": MATH_V3, "v4": MATH_V4},

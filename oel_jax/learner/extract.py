@@ -166,7 +166,9 @@ def _request(
     if settings.history_markers == "tokens":
         text = with_markers(shown, game, player, extractor.tokenizer)
     else:
-        text = message(history(game, outcome_mode=settings.outcome))
+        text = message(
+            history(game, outcome_mode=settings.outcome, reactions=settings.history == "reactions")
+        )
     ids = extractor.tokenizer.chat(text, thinking=thinking)
     key = chain_key(config, chain.number, "extractor", round_number, step)
     return Request(ids, key, extractor_budget(config)[1], (chain, step))

@@ -66,7 +66,7 @@ class Run:
 
     def __repr__(self) -> str:
         """One line for notebooks; `config` prints all fields."""
-        game, model = self.config.game.name, self.config.model.path
+        game, model = self.config.game.name or "conversations", self.config.model.path
         return f"Run({game}, {model}, {self.config.rounds} rounds, {self.workdir.root})"
 
 

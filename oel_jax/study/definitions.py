@@ -17,8 +17,10 @@ import ml_collections
 
 from oel_jax import environments
 from oel_jax.base.errors import UserError
+from oel_jax.config.chat_checks import is_chat
 from oel_jax.config.checks import validate
 from oel_jax.config.defaults import with_fields
+from oel_jax.config.fields import refuse
 from oel_jax.config.file import existing, explain, load_module
 from oel_jax.runs.stages import NAMES
 
@@ -342,6 +344,8 @@ def runs(study: Study, root: Path) -> list[Planned]:
             try:
                 config = _with(variant.config or study.config, changes)
                 config.seed = seed
+                if is_chat(config):
+                    refuse("game.name", None, "a game: a study compares pass rates")
                 validate(config, games=environments.known(config.game))
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error

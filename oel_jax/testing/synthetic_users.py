@@ -87,7 +87,7 @@ def wishes(count: int, seed: int) -> list[Wish]:
         raise UserError(f"{count} synthetic conversations: choose from 1 to {len(everything)}")
     rng = random.Random(f"synthetic users {seed}")
     return [
-        Wish(f"s{seed}-{n:04d}", f"user-{n // PER_USER:03d}", question, rng.random() < 0.5)
+        Wish(f"s{seed}-{n:04d}", f"user-{seed}-{n // PER_USER:03d}", question, rng.random() < 0.5)
         for n, question in enumerate(rng.sample(everything, count))
     ]
 

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_counted_and_left_out(freeze, model, capsys):
     left_out = read_json(workdir.snapshot(1))["left_out"]
     assert left_out == {
         "its first prompt is too long (config.sampler.max_prompt)": 1,
-        "of extraction, too long for the extractor (config.extract.max_prompt)": 1,
+        "of extraction, too long (config.extract.max_prompt)": 1,
         "the end of a conversation, too long (config.sampler.max_prompt)": 1,
     }
     store = TrajectoryStore(workdir.trajectories(1))
