@@ -9,6 +9,9 @@
         evaluate     P_r, P_r with knowledge, and P_{r+1} play     (user side)
         P_{r+1} goes back to the user side
 
+A chat round has no game: deploy freezes conversations that users have had, and evaluate asks those
+that were held out (`oel_jax/actor/snapshot.py`, `oel_jax/actor/chat_evaluation.py`).
+
 Every stage reads files and writes files and is done when its files are there; running the same
 command again does what is missing. `runs/stages.py` says for each stage which function does it.
 """

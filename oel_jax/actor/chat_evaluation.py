@@ -10,7 +10,7 @@ it is read by a later stage. Imports no game.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class _Heldout:
             model = self._after if name == "consolidated" else self._before
             with waiting(f"round {number} evaluate: {_TITLES[name]}"):
                 answers = self._answers(name, model)
-                work = lambda: self._write(file, name, model, answers)  # noqa: E731
+                work = partial(self._write, file, name, model, answers)
                 processes.first_does(f"{name} is measured", work)
         result = processes.json_from_first(file)
         self._log(name, result)

@@ -1,6 +1,5 @@
 """The frozen conversations of a chat round: which side, which turns, how many, and what is left."""
 
-import json
 import shutil
 
 import pytest
@@ -263,15 +262,3 @@ def test_game_prompts_over_chat_become_games_again(freeze, model, name):
         for turn, situation in zip(one.turns[1:], situations[1:], strict=True):
             rebuilt += turn.observation  # each round shows what is new, and no more
             assert rebuilt == situation.rstrip("\n")
-
-
-def test_the_history_of_a_conversation_has_roles_and_feedback():
-    one = talk("c", "Hi", "Hello", "Shorter!", "Hey")
-    turns = list(one.turns)
-    turns[1] = turns[1].__class__(**{**vars(turns[1]), "feedback": "Good."})
-    one = Trajectory(policy="p", purpose="deploy", turns=turns, id="c")
-    assert history(one) == (
-        "\nuser: Hi\n\nassistant: Hello\n\nuser: Shorter!\n\nassistant: Hey\n\n"
-        "feedback of the user: Good.\n"
-    )
-    assert json.dumps(history(one))
