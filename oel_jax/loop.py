@@ -41,13 +41,6 @@ from oel_jax.runs.session import Run, Shelf, do_stage, finished, open_run
 from oel_jax.runs.stages import NAMES, Stage, check_stages, function, known_games, stages_of
 
 
-def check_first_prompts(config: ml_collections.ConfigDict) -> None:
-    """UserError if the first prompts of the game do not fit; imports the game."""
-    from oel_jax.actor import play
-
-    play.check_first_prompts(config, load_tokenizer(start_directory(config)))
-
-
 def learn(run: Run, stages: Sequence[str] = NAMES) -> None:
     """Algorithm 1. Round 0 is what is measured before training; finished stages are skipped.
 
@@ -136,7 +129,8 @@ def run(
     # Before the workdir exists: it would remember a config that cannot run.
     check_model(config, start_directory(config), mesh)
     if any(stage.plays and stage.name in stages for stage in stages_of(config)):
-        check_first_prompts(config)
+        first_prompts = function("oel_jax.actor.play:check_first_prompts")  # imports the game
+        first_prompts(config, load_tokenizer(start_directory(config)))
     check_stages(config)
     with open_run(
         config,
