@@ -44,7 +44,9 @@ def extraction_domain(config: ml_collections.ConfigDict) -> str:
 
     Conversations whose messages are game prompts (`logs.wrapper`) are read as games.
     """
-    return "chat" if is_chat(config) and config.logs.wrapper is None else "game"
+    if not is_chat(config) or config.logs.wrapper:
+        return "game"
+    return "chat" if config.extract.history == "whole" else "reactions"
 
 
 def extraction_template(config: ml_collections.ConfigDict) -> str | None:
@@ -55,9 +57,7 @@ def extraction_template(config: ml_collections.ConfigDict) -> str | None:
       UserError: `extract.template_file` cannot be read, or lacks one of the two slots.
     """
     e = config.extract
-    if e.template_file == "simple":
-        text = prompts.CHAT_SIMPLE
-    elif e.template_file not in (None, "paper"):
+    if e.template_file not in (None, "paper"):
         text = prompts.load_template(e.template_file)
     else:
         text = prompts.built_in_template(extraction_domain(config), e.version)

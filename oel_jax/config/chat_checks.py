@@ -62,8 +62,26 @@ def check_chat(config: ml_collections.ConfigDict) -> None:
         )
     if wrapper is None and config.game.wrapper != FIELDS["game.wrapper"].default:
         refuse("game.wrapper", config.game.wrapper, "'grid' with config.logs.wrapper=None")
+    _check_reactions(config)
     if wrapper is None and config.extract.template_file == "paper":
         refuse("extract.template_file", "paper", "None or a text file: 'paper' speaks of games")
+
+
+def _check_reactions(config: ml_collections.ConfigDict) -> None:
+    """The built-in template for reactions is a short one, of one kind."""
+    e = config.extract
+    if e.history == "whole":
+        return
+    if config.logs.wrapper:
+        refuse("extract.history", e.history, "'whole' with config.logs.wrapper='paper'")
+    for field, must in (("version", "v3"), ("previous", False)):
+        if e.template_file is None and e[field] != must:
+            refuse(
+                f"extract.{field}",
+                e[field],
+                f"{must!r} with config.extract.history='reactions', unless there is a "
+                "config.extract.template_file",
+            )
 
 
 def refuse_chat_fields(config: ml_collections.ConfigDict) -> None:
@@ -77,8 +95,6 @@ def refuse_chat_fields(config: ml_collections.ConfigDict) -> None:
         if path.startswith("logs.") or path in _OF_CHAT:
             if _differs(values[path], field.default):
                 refuse(path, values[path], f"{field.default!r} {why}: it is for chat rounds")
-    if config.extract.template_file == "simple":
-        refuse("extract.template_file", "simple", f"another one {why}")
     if config.extract.place != "paper":
         refuse("extract.place", config.extract.place, f"'paper' {why}")
 

@@ -185,8 +185,7 @@ EXTRACT = (
         None,
         or_none(PATH),
         METHOD,
-        "None = released template, 'paper' = Figs. 10 and 11, 'simple' = a short one for small "
-        "models that read reactions (extract.history); or a text file",
+        "None = released template, 'paper' = Figs. 10 and 11, or a text file",
         NOTHING,  # its content counts
         convert=none_was(""),
     ),

@@ -230,15 +230,18 @@ Additional Experience:
 )
 
 # For small models, which read what users said about answers and nothing else.
-CHAT_SIMPLE = """\
-{PREVIOUS_EXPERIENCE}
+REACTIONS_V3 = """\
+A user said about an answer:
+
 {LATEST_EXPERIENCE}
-"""
+
+Rewrite what the user wants as one instruction that begins with "Please"."""
 
 _TEMPLATES = {
     "game": {"v3": GAME_V3, "v4": GAME_V4},
     "math": {"v3": MATH_V3, "v4": MATH_V4},
     "chat": {"v3": CHAT_V3, "v4": CHAT_V4},
+    "reactions": {"v3": REACTIONS_V3},
 }
 _LATEST, _PREVIOUS = "{LATEST_EXPERIENCE}", "{PREVIOUS_EXPERIENCE}"
 OUTCOME_MODES = ("full", "text_only", "none")
@@ -310,8 +313,9 @@ def built_in_template(domain: str, version: str) -> str:
     if domain not in _TEMPLATES:
         raise UserError(f"extract.domain must be one of {', '.join(_TEMPLATES)}; got {domain!r}")
     if version not in _TEMPLATES[domain]:
+        there = " or ".join(map(repr, _TEMPLATES[domain]))
         raise UserError(
-            f"extract.version must be 'v3' or 'v4', the versions with a template; got {version!r}"
+            f"extract.version must be {there}, the versions with a template; got {version!r}"
         )
     return _TEMPLATES[domain][version]
 
@@ -331,7 +335,7 @@ def extraction_prompt(
         previous: knowledge so far; '' where there is none or the recipe does not show it.
         version: 'v3' (unstructured) or 'v4' (items); picks the template.
         template: the user's template instead, with both placeholders.
-        domain: 'game', 'math' or 'chat'.
+        domain: 'game', 'math', 'chat' or 'reactions'.
 
     Raises UserError for an unknown version or domain, or a template without its placeholders.
     """

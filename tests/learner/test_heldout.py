@@ -6,7 +6,7 @@ import pytest
 from oel_jax.actor.chat_evaluation import _mean_log_prob
 from oel_jax.data.messages import Context, Dialogue, user
 from oel_jax.distill.packing import Sample
-from oel_jax.learner.heldout import divergence
+from oel_jax.learner.heldout import heldout_divergence
 from oel_jax.learner.rollouts import _place
 from oel_jax.learner.teacher import Teacher
 from oel_jax.models.language_model import load_model
@@ -48,7 +48,7 @@ def test_the_divergence_is_the_reverse_kl_on_the_students_top_k(models):
             top = np.argsort(-own, kind="stable")[:8]
             total += float((np.exp(p[top]) * (p[top] - q[top])).sum())
             tokens += 1
-    found = divergence(config, student, teacher, samples)
+    found = heldout_divergence(config, student, teacher, samples)
     assert found.tokens == tokens == 8
     assert found.kl == pytest.approx(total / tokens, rel=1e-3, abs=1e-6)
 
