@@ -14,7 +14,7 @@ from oel_jax.base.files import read_json
 from oel_jax.data.conversations import ConversationStore
 from oel_jax.data.messages import user
 from oel_jax.data.trajectories import Trajectory, Transcript
-from oel_jax.runs.metrics import read
+from oel_jax.runs.metrics import read_metrics
 from oel_jax.testing import write_dummy_model
 
 CONFIG = ROOT / "configs" / "chat.py"
@@ -105,7 +105,7 @@ def test_a_chat_round_is_measured_on_what_was_held_out(finished):
     heldout = read_json(work / "round_001" / "trajectories" / "snapshot.json")["heldout"]
     assert heldout == 3
     assert "before, knowledge in context" in printed and "KL to the teacher" in printed
-    rows = {row["stage"]: row["values"] for row in read(work / "metrics.jsonl")}
+    rows = {row["stage"]: row["values"] for row in read_metrics(work / "metrics.jsonl")}
     assert rows["deploy"]["heldout"] == 3
     assert rows["evaluate_conversations_consolidated"]["kl"] == after["kl"]["kl"]
     summary = read_json(work / "summary.json")["rounds"][0]
