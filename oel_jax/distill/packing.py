@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from oel_jax.models.lengths import padded_length
+from oel_jax.parallel.arrays import Leaf
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class View:
     the column whose hidden state predicts each response token.
     """
 
-    tokens: Int[np.ndarray, "B T"]
-    positions: Int[np.ndarray, "B T"]
-    segments: Int[np.ndarray, "B T"]
-    shared: Int[np.ndarray, "B T"]
-    predict: Int[np.ndarray, "B R"]
+    tokens: Int[Leaf, "B T"]
+    positions: Int[Leaf, "B T"]
+    segments: Int[Leaf, "B T"]
+    shared: Int[Leaf, "B T"]
+    predict: Int[Leaf, "B R"]
 
 
 @jax.tree_util.register_dataclass
@@ -75,11 +76,11 @@ class MicroBatch:
 
     student: View
     teacher: View
-    sampled: Int[np.ndarray, "B R"]
-    log_prob: Float[np.ndarray, "B R"]
-    weight: Float[np.ndarray, "B R"]
-    mask: Float[np.ndarray, "B R"]
-    place: Int[np.ndarray, "B R"]
+    sampled: Int[Leaf, "B R"]
+    log_prob: Float[Leaf, "B R"]
+    weight: Float[Leaf, "B R"]
+    mask: Float[Leaf, "B R"]
+    place: Int[Leaf, "B R"]
 
 
 SHORTEST_ROW = 64  # tokens

@@ -322,7 +322,7 @@ def _check(cfg: KLConfig, w_s: Array) -> None:
         )
 
 
-def _forward(cfg: KLConfig, *args: Array):
+def _forward(cfg: KLConfig, *args: Array | tuple[Array, ...]):
     _check(cfg, args[1])
     loss, stats, d_hidden, d_matrix = _run(cfg, True, *args)
     return (loss, stats), (d_hidden, d_matrix)

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Shaped
 
-# A cache, or a bank of prefixes: [layers, slots or prefixes, positions, *stored_shape(...)].
-Store = Shaped[Array, "L B S *heads"]
+# A cache and a bank of prefixes: [layers, slots or prefixes, positions, *stored_shape(...)].
+Store = Shaped[Array, "L slots S *heads"]
+Bank = Shaped[Array, "L M P *heads"]
 
 _AS_BITS = {("cpu", "bfloat16"): "uint16", ("tpu", "float32"): "uint32"}
 _NUMBERS = {bits: number for (_, number), bits in _AS_BITS.items()}

@@ -116,7 +116,7 @@ class ModelConfig:
         """Reads `directory/config.json`; `UserError` as `from_hf` or if it cannot be read."""
         return cls.from_hf(read_object(Path(directory) / "config.json"))
 
-    def inverse_frequencies(self) -> Float[np.ndarray, "H//2"]:
+    def inverse_frequencies(self) -> Float[np.ndarray, " half"]:
         """Rotary angle per position of each half-dimension pair, float32 [head_dim / 2].
 
         At long positions a last-bit difference in a frequency is a visible difference in an angle.

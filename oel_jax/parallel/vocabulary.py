@@ -49,12 +49,12 @@ def _pad(x: Array, dimension: int, multiple: int) -> Array:
 # --- the output matrix ----------------------------------------------------------------------------
 
 
-def spread(matrix: Float[Array, "V/tp D/fsdp"]) -> Float[Array, "V/N D"]:
+def spread(matrix: Float[Array, "V_tp D_fsdp"]) -> Float[Array, "V_N D"]:
     """A matrix at rest -> its rows over all devices; rows of zeros fill up each tp slice."""
     return _exchange(_pad(matrix, 0, axis_size("fsdp")), "fsdp", 0, 1)
 
 
-def unspread(matrix: Float[Array, "V/N D"], rows: int) -> Float[Array, "V/tp D/fsdp"]:
+def unspread(matrix: Float[Array, "V_N D"], rows: int) -> Float[Array, "V_tp D_fsdp"]:
     """What `spread` did to a matrix of `rows` local rows, undone."""
     return _exchange(matrix, "fsdp", 1, 0)[:rows]
 
@@ -66,7 +66,7 @@ def spread_over_all(matrix: Float[Array, "V D"]) -> Float[Array, "W D"]:
     return jax.shard_map(spread, in_specs=AT_REST, out_specs=SPREAD, check_vma=False)(matrix)
 
 
-def summed_rows(x: Float[Array, "fsdp*r D"]) -> Float[Array, "r D"]:
+def summed_rows(x: Float[Array, "fsdp_r D"]) -> Float[Array, "r D"]:
     """Sum of what all devices have for one's own rows: the gradient of `all_rows`."""
     if axis_size("fsdp") > 1:
         x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
@@ -74,19 +74,19 @@ def summed_rows(x: Float[Array, "fsdp*r D"]) -> Float[Array, "r D"]:
 
 
 def logits(
-    rows: Float[Array, "fsdp*r D"], matrix: Float[Array, "V/N D"]
-) -> Float[Array, "fsdp*r V/N"]:
+    rows: Float[Array, "fsdp_r D"], matrix: Float[Array, "V_N D"]
+) -> Float[Array, "fsdp_r V_N"]:
     """Float32 logits of gathered rows for the columns of this device."""
     return jnp.einsum("nd,vd->nv", rows, matrix, preferred_element_type=jnp.float32)
 
 
-def whole_rows(z: Float[Array, "fsdp*r V/N"], size: int) -> Float[Array, "r/tp V"]:
+def whole_rows(z: Float[Array, "fsdp_r V_N"], size: int) -> Float[Array, "r_tp V"]:
     """All columns of one's own rows; `size` = V. r must be a multiple of tp."""
     z = _exchange(z, "fsdp", 0, 1)[:, : size // axis_size("tp")]
     return _exchange(z, "tp", 0, 1)
 
 
-def slices_of_rows(z: Float[Array, "r/tp V"]) -> Float[Array, "fsdp*r V/N"]:
+def slices_of_rows(z: Float[Array, "r_tp V"]) -> Float[Array, "fsdp_r V_N"]:
     """The way back of `whole_rows`; zeros in the padding."""
     z = _exchange(z, "tp", 1, 0)
     return _exchange(_pad(z, 1, axis_size("fsdp")), "fsdp", 1, 0)
@@ -130,7 +130,7 @@ def lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "
     return run(table, ids)
 
 
-def _local_lookup(table: Float[Array, "V/tp D/fsdp"], ids: Int[Array, "b T"]) -> Array:
+def _local_lookup(table: Float[Array, "V_tp D_fsdp"], ids: Int[Array, "b T"]) -> Array:
     columns, here = _columns(table.shape[0], ids)
     x = jnp.where(here[..., None], table.at[columns].get(mode="clip"), 0)
     x = _exchange(x, "fsdp", 0, 2)
@@ -152,7 +152,7 @@ def _lookup_forward(table: Array, ids: Array) -> tuple[Array, tuple]:
 def _lookup_backward(saved: tuple, d_x: Float[Array, "B T D"]) -> tuple[Array, None]:
     table, ids = saved
 
-    def local(d_x: Array, ids: Array) -> Float[Array, "V/tp D/fsdp"]:
+    def local(d_x: Array, ids: Array) -> Float[Array, "V_tp D_fsdp"]:
         size = table.shape[0] // axis_size("tp")
         columns, here = _columns(size, ids)
         d_x = _exchange(d_x, "fsdp", 2, 0)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from oel_jax.models.cache_storage import Store, as_heads, read_block
+from oel_jax.models.cache_storage import Bank, Store, as_heads, read_block
 from oel_jax.parallel.mesh import all_rows, axis_size
 
 _MASKED = -1e30  # finite, so that a row that sees nothing stays finite
@@ -32,7 +32,7 @@ class _Softmax(NamedTuple):
 def prefill_attention(
     q: Float[Array, "B T N H"],
     own: tuple[Store, Store],
-    bank: tuple[Store, Store],
+    bank: tuple[Bank, Bank],
     layer: Int[Array, ""],
     reach: Any,
     *,
@@ -65,7 +65,7 @@ def prefill_attention(
 def decode_attention(
     q: Float[Array, "B T N H"],
     own: tuple[Store, Store],
-    bank: tuple[Store, Store],
+    bank: tuple[Bank, Bank],
     layer: Int[Array, ""],
     reach: Any,
     *,
@@ -132,7 +132,7 @@ def _fold(
 def _see_bank(
     q: Float[Array, "B T N H"],
     kv: int,
-    bank: tuple[Store, Store],
+    bank: tuple[Bank, Bank],
     at: tuple[int | Array, int | Array],
     prefixes: int,
     shared: Int[Array, " B"],

@@ -17,6 +17,7 @@ from oel_jax.models.cache_storage import as_stored_in
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues, Params, embed, run_block
 from oel_jax.models.rope import cos_sin
+from oel_jax.parallel.arrays import Leaf
 from oel_jax.parallel.mesh import spec
 from oel_jax.sampler.cached_attention import decode_attention, prefill_attention
 from oel_jax.sampler.slots import BANK, CACHE, SlotState, cache_block, per_device
@@ -34,10 +35,10 @@ class Reach:
       longest: positions of a prefix that any row of any device reads.
     """
 
-    column: Int[Array, "B T"]
-    shared: Int[Array, " B"]
-    blocks: Int[Array, ""]
-    longest: Int[Array, ""]
+    column: Int[Leaf, "B T"]
+    shared: Int[Leaf, " B"]
+    blocks: Int[Leaf, ""]
+    longest: Int[Leaf, ""]
 
     def specs(self) -> Any:
         """The same tree with the mesh axes of each array."""
@@ -57,8 +58,8 @@ class PrefillReach(Reach):
       prefix: number of the shared prefix that all rows read.
     """
 
-    slot: Int[Array, " B"]
-    prefix: Int[Array, ""]
+    slot: Int[Leaf, " B"]
+    prefix: Int[Leaf, ""]
 
 
 def reach_of(

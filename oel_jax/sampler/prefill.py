@@ -5,10 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import Params
+from oel_jax.parallel.arrays import Leaf
 from oel_jax.parallel.mesh import spec
 from oel_jax.sampler.cached_layers import PrefillReach, prefill_layer, reach_of, through_layers
 from oel_jax.sampler.slots import SlotState, per_device
@@ -23,12 +24,12 @@ class Piece:
     device's last marks a padding row. All rows read the same shared prefix, number `prefix`.
     """
 
-    tokens: Int[Array, "R T"]
-    length: Int[Array, " R"]  # how many of the tokens are real
-    column: Int[Array, " R"]  # where the first of them goes
-    slot: Int[Array, " R"]
-    shared: Int[Array, " R"]
-    prefix: Int[Array, ""]
+    tokens: Int[Leaf, "R T"]
+    length: Int[Leaf, " R"]  # how many of the tokens are real
+    column: Int[Leaf, " R"]  # where the first of them goes
+    slot: Int[Leaf, " R"]
+    shared: Int[Leaf, " R"]
+    prefix: Int[Leaf, ""]
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from oel_jax.parallel import vocabulary as vocab
+from oel_jax.parallel.arrays import Leaf
 from oel_jax.parallel.mesh import all_rows, axis_size, spec
 from oel_jax.sampler.requests import Sampling
 
@@ -25,9 +26,9 @@ class RowSampling:
       top_p: share of probability that the row keeps.
     """
 
-    temperature: Float[Array, " B"]
-    candidates: Int[Array, " B"]
-    top_p: Float[Array, " B"]
+    temperature: Float[Leaf, " B"]
+    candidates: Int[Leaf, " B"]
+    top_p: Float[Leaf, " B"]
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], vocabulary: int) -> "RowSampling":

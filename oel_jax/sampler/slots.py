@@ -29,6 +29,7 @@ from oel_jax.models.cache_storage import (
 from oel_jax.models.config import ModelConfig
 from oel_jax.models.decoder import KeyValues
 from oel_jax.models.shared_prefix import PREFIX
+from oel_jax.parallel.arrays import Leaf
 from oel_jax.parallel.mesh import all_rows, axis_size, spec
 from oel_jax.sampler.config import SamplerConfig
 from oel_jax.sampler.sampling import RowSampling
@@ -65,19 +66,19 @@ class SlotState:
 
     cache: KeyValues
     bank: KeyValues
-    token: Int[Array, " B"]
-    column: Int[Array, " B"]
-    shared: Int[Array, " B"]
-    key: UInt32[Array, "B 2"]
-    count: Int[Array, " B"]
-    budget: Int[Array, " B"]
+    token: Int[Leaf, " B"]
+    column: Int[Leaf, " B"]
+    shared: Int[Leaf, " B"]
+    key: UInt32[Leaf, "B 2"]
+    count: Int[Leaf, " B"]
+    budget: Int[Leaf, " B"]
     sampling: RowSampling
-    stops: Int[Array, "B E"]
-    done: Bool[Array, " B"]
-    response: Int[Array, "B R"]
-    log_prob: Float[Array, "B R"]
-    ids: Int[Array, "B S"]
-    drafts: Int[Array, "2"]
+    stops: Int[Leaf, "B E"]
+    done: Bool[Leaf, " B"]
+    response: Int[Leaf, "B R"]
+    log_prob: Float[Leaf, "B R"]
+    ids: Int[Leaf, "B S"]
+    drafts: Int[Leaf, "2"]
 
 
 @jax.tree_util.register_dataclass
@@ -89,14 +90,14 @@ class Admission:
     device's last marks a padding row.
     """
 
-    slot: Int[Array, " R"]
-    last: Int[Array, " R"]  # last prompt token
-    column: Int[Array, " R"]
-    shared: Int[Array, " R"]
-    key: UInt32[Array, "R 2"]
-    budget: Int[Array, " R"]
+    slot: Int[Leaf, " R"]
+    last: Int[Leaf, " R"]  # last prompt token
+    column: Int[Leaf, " R"]
+    shared: Int[Leaf, " R"]
+    key: UInt32[Leaf, "R 2"]
+    budget: Int[Leaf, " R"]
     sampling: RowSampling
-    stops: Int[Array, "R E"]
+    stops: Int[Leaf, "R E"]
 
 
 # Heads are split over 'tp', whether or not their width is a separate dimension (`stored_shape`).
