@@ -71,7 +71,7 @@ class View:
 class MicroBatch:
     """Student and teacher views of the same response tokens; weight 0 is padding.
 
-    `place` says in which of `places` equal parts of the longest answer a token lies.
+    `place` says in which of `places` equal parts of the longest answer a token is.
     """
 
     student: View
@@ -220,7 +220,7 @@ def _write(
     shared: int,
     here: slice,
 ) -> None:
-    """One sample into one row of a view; positions go on after the shared prefix."""
+    """One sample into one row of a view; positions continue after the shared prefix."""
     length = len(prompt) + len(response) - 1
     columns = slice(start, start + length)
     view.tokens[row, columns] = [*prompt, *response[:-1]]

@@ -25,7 +25,7 @@ def encode_prefix(
     width: int,
     block: int = 256,
 ) -> KeyValues:
-    """Keys and values of `ids` at positions 0.., [L, K, P, H]; those behind mean nothing.
+    """Keys and values of `ids` at positions 0.., [L, K, P, H]; later ones mean nothing.
 
     P is `width` or, so that 'fsdp' divides it, the next that fits: positions rest split over
     'fsdp', see `PREFIX`. `block`: query block of the attention.

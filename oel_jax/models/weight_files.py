@@ -52,7 +52,7 @@ def open_weights(directory: Path, cfg: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that a model with this config has, by name, checked by the headers alone.
 
     A model that shares its embedding with `lm_head` is whole with either of the two; both names
-    then stand for the one that is there.
+    are then used for the one that is there.
 
     Raises:
         UserError: a file is missing or damaged, or the tensors do not fit the config; one message

@@ -4,7 +4,7 @@ The compiler's own counts take the body of a loop once, and nearly everything he
 layers, tiles and chunks. So FLOPs are those of the matrix products, padding included, as the code
 does them; bytes are the weights, caches and activations that pass through memory at least. The
 tests compare FLOPs with the compiler's for one layer, and with a count product by product. What a
-program sends is read from its compiled text; where there is none, the estimate here stands in.
+program sends is read from its compiled text; where there is none, the estimate here is used.
 """
 
 import math
@@ -111,7 +111,7 @@ class _Counter:
         return cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 2 * self.item / self.tp
 
     def prefix(self, tokens: float) -> tuple[float, float]:
-        """(bytes, sent) of gathering an encoded text, whose positions lie on all devices."""
+        """(bytes, sent) of gathering an encoded text, whose positions all devices share."""
         size = self.cache * tokens
         return size * (3 if self.fsdp > 1 else 1), size * self._foreign
 

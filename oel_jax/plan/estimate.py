@@ -148,7 +148,7 @@ def _seconds(plan: Plan) -> dict[str, float]:
     if amount.extractor_calls:
         found["extract"] = _extraction(plan, work.extractor, amount)
     steps = config.consolidate.steps
-    fresh = before + a.turn_tokens  # a prefix of a game is read anew, behind the header
+    fresh = before + a.turn_tokens  # a prefix of a game is read anew, after the header
     rollouts = _answers(plan, "rollouts", work.play, amount.rollouts, fresh)
     found["consolidate: answers"] = rollouts + steps * _one(plan, "cast")
     micro = "micro-batch, usual" if "micro-batch, usual" in plan.programs else "micro-batch"

@@ -209,7 +209,7 @@ def living(arrays: Arrays) -> dict[str, dict[str, int]]:
         cache = device_bytes(a.state(a.extractor, work.extractor))
         stages["extract"] = {"policy": weights, "KV cache": cache}
     step = held(a)
-    # A checkpoint is read beside the fresh state that it replaces.
+    # A checkpoint is read while the fresh state that it replaces is still there.
     kept = {name: step[name] for name in step if name.split(",")[0] in _SAVED}
     stages["resume"] = kept | {"restored": sum(kept.values()), "teacher": step["teacher"]}
     # While the student answers there are no gradients, but a copy of it in the compute dtype.

@@ -25,7 +25,7 @@ from oel_jax.sampler.config import SamplerConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a run's arrays lie.
+    """Where a run's arrays are.
 
     Attributes:
       mesh: axes ('fsdp', 'tp'), all devices: where is trained.

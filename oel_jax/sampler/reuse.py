@@ -21,11 +21,11 @@ import numpy as np
 from oel_jax.sampler.requests import Request
 from oel_jax.sampler.scheduler import Assignment, Entry, Scheduler, Slot
 
-Chunks = tuple[bytes, ...]  # entry k stands for chunks 0 .. k of a prompt
+Chunks = tuple[bytes, ...]  # entry k is the digest of chunks 0 .. k of a prompt
 
 
 def chunks_of(prompt: Sequence[int], size: int) -> Chunks:
-    """What stands for each beginning of a prompt in whole chunks; its last token is in none."""
+    """Digests of the beginnings of a prompt in whole chunks; its last token is in none."""
     count = (len(prompt) - 1) // size
     ids = np.asarray(prompt[: count * size], np.int32).reshape(count, size)
     found, so_far = [], hashlib.blake2b(digest_size=16)
@@ -79,10 +79,10 @@ class ReusingScheduler(Scheduler):
         others: deque[Request] = deque()
         for request, chunks in self._next(len(free)):
             equal = [slot for other, slot, _ in entering if other.prompt == request.prompt]
-            beside = self._beside(equal, free)
+            near = self._slot_near(equal, free)
             new = max((common_chunks(chunks, other) for _, _, other in entering), default=0)
-            if beside is not None:
-                slot, source = beside
+            if near is not None:
+                slot, source = near
                 entry = self._enter(request, slot, 0, 0, source)
             elif (place := self._place(chunks, free, before, targets, donors)) is None:
                 others.append(request)
@@ -108,7 +108,7 @@ class ReusingScheduler(Scheduler):
     def _next(self, count: int) -> list[tuple[Request, Chunks]]:
         """Take the oldest pending requests; those come first of which the slots hold most.
 
-        Otherwise a new conversation would be given the slot of one that is about to go on.
+        Otherwise a new conversation would be given the slot of one that is about to continue.
         """
         count = min(count, len(self.pending))
         taken = [self.pending.popleft() for _ in range(count)]
@@ -119,7 +119,7 @@ class ReusingScheduler(Scheduler):
 
         return sorted(some, key=there, reverse=True)
 
-    def _beside(self, equal: Sequence[int], free: Sequence[int]) -> tuple[int, int] | None:
+    def _slot_near(self, equal: Sequence[int], free: Sequence[int]) -> tuple[int, int] | None:
         """(a free slot, the slot on its device that an equal prompt has just entered)."""
         for source in equal:
             device = source // self.per_device

@@ -48,7 +48,7 @@ def _from_all(z: Array, keys: Array, count: Array) -> Int[Array, " B"]:
 def _from_best(
     width: int, how: RowSampling, z: Array, keys: Array, count: Array
 ) -> Int[Array, " B"]:
-    """Draw one id per row from its candidates, at most `width`, that lie in the nucleus."""
+    """Draw one id per row from its candidates, at most `width`, that are in the nucleus."""
     values, ids = vocab.top_k(z, width)
     if width == 1:
         return ids[:, 0]
