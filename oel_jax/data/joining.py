@@ -33,7 +33,7 @@ CACHE_KIB = 32 * 1024
 # (a piece without its turns, the id of an exchange of it) -> whether it is not to be kept
 Forgotten = Callable[[Trajectory, str], bool]
 
-_HEADERS = 1000  # different heads that are remembered in memory
+_HEADERS = 200  # different heads that are remembered in memory
 
 _TABLES = f"""
 PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE_KIB};
@@ -137,7 +137,7 @@ class Joiner:
         self._headers: dict[str, int] = {}
         self._heads: dict[int, Trajectory] = {}
         self._begins: dict[int, bytes] = {}
-        self._last_node = 0
+        self._last_node = self._marked = 0  # what was known at a mark keeps its name
         self._commented = False  # whether there is any feedback
         self.repeated = self.alone = self.unknown = self.left = 0
 
@@ -168,6 +168,7 @@ class Joiner:
     def mark(self) -> tuple[int, int]:
         """What is known now, for `lines` and `comments`."""
         self._settle()
+        self._marked = self._last_node
         return self._last_node, self._one("SELECT COALESCE(MAX(number), 0) FROM feedback")[0]
 
     def _add(self, piece: Trajectory, parent: _Node | None) -> int:
@@ -225,12 +226,17 @@ class Joiner:
             turn = change_turn(turn, self.change)
         for message in (*turn.messages, turn.shown):
             kept = self._kept.step(kept, message)
-        made = turn.id is None
-        key = _made_key(clean, kept) if made else turn.id
-        known = self._claimed(key)
-        if known is not None and known.hash != kept:  # another exchange under the same name
-            key, made = f"{key}#{kept.hex()[:12]}", True
+        key = _made_key(clean, kept)
+        made = turn.id in (None, key)
+        known = self._by_digest(kept)
+        if known is not None and not (known.made or turn.id in (None, known.key)):
+            known = None
+        if known is None:
+            key = key if made else turn.id
             known = self._claimed(key)
+            if known is not None and known.hash != kept:  # another exchange under the same name
+                key, made = f"{key}#{kept.hex()[:12]}", True
+                known = self._claimed(key)
         if known is not None:
             self._alias(digest, known.node)
             return self._again(known, turn), False
@@ -247,7 +253,10 @@ class Joiner:
             text = turn.feedback if self.change is None else self.change(turn.feedback)
             self._comment(node.node, text)
         if turn.id is not None and node.made and turn.id != node.key:
-            self._run("INSERT OR IGNORE INTO keys VALUES (?, ?)", (turn.id, node.node))
+            if self._claimed(turn.id, node.node) is None and node.node > self._marked:
+                # It is known by its own name from now on.
+                self._run("UPDATE nodes SET key=?, made=0 WHERE node=?", (turn.id, node.node))
+                node = node._replace(key=turn.id, made=0)
             body = json.loads(self._body(node.node))
             ids = ("prompt_ids", "response_ids") if self.change is not None else ()
             facts = present(turn)
@@ -276,6 +285,7 @@ class Joiner:
         body = None if left else _dump(present(altered(turn, id=None, feedback=None)))
         self._insert_node(node, body)
         self._alias(digest, node.node)
+        self._alias(kept, node.node)
         if left:
             self.left += 1
             return node
@@ -523,10 +533,10 @@ class Joiner:
         )
         return None if row is None else _Node(*row)
 
-    def _claimed(self, key: str) -> _Node | None:
-        """Who has an id; if nobody, the next node has it now, and it must be inserted."""
+    def _claimed(self, key: str, node: int | None = None) -> _Node | None:
+        """Who has an id; if nobody, a node has it now: if none is given the next one to insert."""
         claim = "INSERT OR IGNORE INTO keys VALUES (?, ?)"
-        if self._run(claim, (key, self._last_node + 1)).rowcount:
+        if self._run(claim, (key, self._last_node + 1 if node is None else node)).rowcount:
             return None
         return self._by_key(key)
 

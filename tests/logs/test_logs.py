@@ -571,6 +571,35 @@ def test_import_again_adds_what_is_new_only(tmp_path):
     assert {one.id for one in stored} == {one.id for one in direct}
 
 
+@pytest.mark.parametrize("form", [as_pairs, as_growing, as_messages])
+@pytest.mark.parametrize("seed", range(6))
+def test_import_again_of_private_texts_in_any_order(tmp_path, form, seed):
+    """What the store holds is redacted, and the logs are not: they are the same all the same."""
+    rng = random.Random(seed)
+    talks = []
+    for number in range(6):
+        texts = [f"{number}.{n} jane{n}@example.org" for n in range(2 * rng.randint(1, 4))]
+        talks.append(said(*texts, system="of joe@example.org"))
+    records = [record for talk in talks for record in form(talk)]
+    workdir, path = Workdir(tmp_path / "w"), tmp_path / "a.jsonl"
+    new = 0
+    for share in (2, 1, 1):
+        rng.shuffle(records)
+        some = records[: len(records) // share]
+        new += import_logs([write(path, *some)], workdir, redact=Redactor())[1]
+    assert new == sum(len(expected(talk)) for talk in talks)
+    stored = list(ConversationStore(workdir.conversations).read(on_bad="error"))
+    direct, _ = read(path, redact=Redactor())
+    assert sorted(map(reads, stored), key=str) == sorted(map(reads, direct), key=str)
+    assert all("@" not in json.dumps(reads(one)) for one in stored)
+
+
+def test_an_exchange_is_known_by_its_own_name_whatever_comes_first(tmp_path):
+    pairs = as_pairs(said("q", "a", "r", "b"))
+    (one,), _ = read(write(tmp_path / "a.jsonl", *pairs[::-1]))
+    assert [turn.id for turn in one.turns] == [pair["response"]["id"] for pair in pairs]
+
+
 def test_feedback_that_comes_later_is_imported(tmp_path):
     workdir = Workdir(tmp_path / "w")
     path = write(tmp_path / "a.jsonl", SHARE)

@@ -9,6 +9,7 @@ from tiny_run import FIELDS
 from benchmarks import (
     attention,
     consolidate,
+    logs,
     loop,
     plan_table,
     readme,
@@ -113,6 +114,16 @@ def test_loop(monkeypatch, tmp_path):
     assert stages <= set(record["runs"]["warm"])
     assert record["runs"]["warm"]["all"] > sum(record["runs"]["warm"][stage] for stage in stages)
     assert set(record["extraction_seconds"]) == {"lock-step", "one after another"}
+
+
+def test_import_of_logs(monkeypatch, tmp_path, capsys):
+    words = ["--conversations=40,120", "--repeats=1", f"--out={tmp_path}"]
+    assert run(monkeypatch, logs.main, *words) == 0
+    record = json.loads(next(tmp_path.glob("logs_40_120_*.json")).read_text())
+    small, large = record["sizes"]["40"], record["sizes"]["120"]
+    assert large["answers"] > small["answers"] > 40 and set(small["redacted"]) >= {"email", "card"}
+    assert [bar["target"] for bar in record["bars"]] == [None, None]  # no bar at such a size
+    assert "peak memory" in capsys.readouterr().out
 
 
 def test_a_missed_bar_is_said_and_checked(tmp_path, capsys, monkeypatch):
