@@ -138,6 +138,7 @@ class Joiner:
         self._heads: dict[int, Trajectory] = {}
         self._begins: dict[int, bytes] = {}
         self._last_node = self._marked = 0  # what was known at a mark keeps its name
+        self._deep = False  # whether a first turn reads answers that are no turns themselves
         self._commented = False  # whether there is any feedback
         self.repeated = self.alone = self.unknown = self.left = 0
 
@@ -181,7 +182,7 @@ class Joiner:
         elif len(turns) > 1 and piece.conversation is None and piece.id != turns[0].id:
             piece = altered(piece, conversation=piece.id)
             clean = altered(clean, conversation=clean.id)
-        header, new = self._header(clean), 0
+        header, new, fresh = self._header(clean), 0, False
         digest = self._raw.start(piece) if parent is None else parent.digest
         kept = self._kept.start(clean) if parent is None else parent.hash
         for turn in turns:
@@ -189,7 +190,9 @@ class Joiner:
                 turn, parent, digest, kept = self._cut(turn, digest, kept)
             for message in (*turn.messages, turn.shown):
                 digest = self._raw.step(digest, message)
-            parent, fresh = self._take(turn, parent, digest, kept, header, clean)
+            # What continues an answer that is new itself cannot be known.
+            unknown = fresh and parent is not None and bool(parent.made) and not self._deep
+            parent, fresh = self._take(turn, parent, digest, kept, header, clean, unknown)
             kept, new = parent.hash, new + fresh
         return new
 
@@ -204,6 +207,8 @@ class Joiner:
             if node is not None:
                 found = node, at
         if found is None:
+            roles = {message["role"] for message in turn.messages}
+            self._deep = self._deep or "assistant" in roles
             return turn, None, digest, kept
         node, at = found
         shorter = replace(turn, messages=turn.messages[at:], continues=True, kept_ids=0)
@@ -217,9 +222,10 @@ class Joiner:
         kept: bytes,
         header: int,
         clean: Trajectory,
+        unknown: bool,
     ) -> tuple[_Node, bool]:
-        """The node of a turn, and whether it is new."""
-        known = self._by_digest(digest)
+        """The node of a turn, and whether it is new; `unknown`: it is for sure."""
+        known = None if unknown else self._by_digest(digest)
         if known is not None and (known.made or turn.id in (None, known.key)):
             return self._again(known, turn), False
         if self.change is not None:
@@ -228,7 +234,7 @@ class Joiner:
             kept = self._kept.step(kept, message)
         key = _made_key(clean, kept)
         made = turn.id in (None, key)
-        known = self._by_digest(kept)
+        known = None if unknown else self._by_digest(kept)
         if known is not None and not (known.made or turn.id in (None, known.key)):
             known = None
         if known is None:
