@@ -23,7 +23,8 @@ from oel_jax.actor.recording import (
     remove_records,
 )
 from oel_jax.base.files import write_json
-from oel_jax.data.messages import NOTHING, Context
+from oel_jax.data.messages import NOTHING
+from oel_jax.learner.contexts import context_of
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.intervals import board_clustered_interval
@@ -58,7 +59,7 @@ def evaluate(
     if processes.from_first(file.exists() and samples_of(file).exists()):
         return processes.json_from_first(file)
     config = run.config.evaluate
-    contexts = [Context("knowledge", text) for text in texts] or [NOTHING]
+    contexts = [context_of(run.config, text) for text in texts] or [NOTHING]
     boards = environments.heldout_seeds(config.maps)
     fsdp = run.host.shape["fsdp"]
     slots = slot_count(run.config, fsdp, config.seeds * config.maps)

@@ -213,11 +213,18 @@ def in_order(played: Iterable[Played], jobs: Iterable[Job]) -> Iterator[Played]:
 
 
 def check_first_prompts(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:
-    """UserError if the game's first prompt is longer than `sampler.max_prompt`.
+    """UserError if the game's first prompt is longer than `sampler.max_prompt`, or if the model's
+    template cannot show a text where `extract.place` puts it.
 
     Asked before weights are loaded. What a whole game needs is read off a scripted one.
     """
     game = environments.make(config.game.name, environments.heldout_seeds(1)[0], config.game.layout)
+    text = Context("knowledge", "a", config.extract.place)
+    dialogue = dialogue_of(config, game.situation())
+    try:
+        render(tokenizer, dialogue, text, thinking=config.model.thinking)
+    except UserError as error:
+        raise UserError(f"config.extract.place={text.place!r}: {error}") from error
 
     def tokens() -> int:
         dialogue = dialogue_of(config, game.situation())

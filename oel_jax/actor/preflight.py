@@ -28,8 +28,8 @@ from oel_jax.actor.play import Job, Played, make_player
 from oel_jax.actor.recording import Format, GameFile, read_records, record_games, remove_records
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import write_json
-from oel_jax.data.messages import NOTHING, Context
-from oel_jax.learner.contexts import contexts_of_round, empty_on_purpose
+from oel_jax.data.messages import NOTHING
+from oel_jax.learner.contexts import context_of, contexts_of_round, empty_on_purpose
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.gains import points
@@ -139,7 +139,7 @@ def _games(
 ) -> list[dict[str, Any]]:
     """One game for each text and board; those in `log` are not played again."""
     seeds = preflight_boards(config, round_number)
-    contexts = [Context("knowledge", text) if text else NOTHING for text in texts]
+    contexts = [context_of(config, text) if text else NOTHING for text in texts]
     fsdp = mesh.shape["fsdp"]
     slots = slot_count(config, fsdp, len(texts) * len(seeds))
     at_once = prefix_count(fsdp, sum(map(bool, texts)), slots)

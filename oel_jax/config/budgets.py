@@ -20,18 +20,24 @@ def play_budget(config: ml_collections.ConfigDict, with_knowledge: bool) -> tupl
 
 def has_extractor(config: ml_collections.ConfigDict) -> bool:
     """Whether a model writes the round's texts; otherwise they are filled in without one."""
-    return config.extract.experience == "knowledge" and not config.extract.knowledge_from
+    e = config.extract
+    return e.experience in ("knowledge", "coach") and not e.knowledge_from
 
 
 def extractor_budget(config: ml_collections.ConfigDict) -> tuple[int, int]:
     """(longest prompt, longest response) of an extractor call in tokens.
 
     Formula: (max_response + 512) per turn, 1024 for the template, and l_max when the previous
-    knowledge is shown. The response may be l_max long, thinking included.
+    knowledge is shown (a coach sees none). The response may be l_max long, thinking included.
     """
     e = config.extract
     history = (config.sampler.max_response + 512) * config.game.max_turns + 1024
-    return e.max_prompt or history + (e.l_max if e.previous else 0), e.l_max
+    return e.max_prompt or history + (e.l_max if shows_previous(config) else 0), e.l_max
+
+
+def shows_previous(config: ml_collections.ConfigDict) -> bool:
+    """Whether the extractor reads the knowledge gathered so far."""
+    return config.extract.previous and config.extract.experience != "coach"
 
 
 def chain_seeds(config: ml_collections.ConfigDict) -> list[int]:

@@ -95,8 +95,6 @@ def refuse_chat_fields(config: ml_collections.ConfigDict) -> None:
         if path.startswith("logs.") or path in _OF_CHAT:
             if _differs(values[path], field.default):
                 refuse(path, values[path], f"{field.default!r} {why}: it is for chat rounds")
-    if config.extract.place != "paper":
-        refuse("extract.place", config.extract.place, f"'paper' {why}")
 
 
 def _differs(value: Any, must: Any) -> bool:

@@ -9,9 +9,9 @@ import ml_collections
 
 from oel_jax.base.errors import UserError
 from oel_jax.config import negative_control
-from oel_jax.config.budgets import extraction_template, has_extractor
+from oel_jax.config.budgets import extraction_template, has_extractor, shows_previous
 from oel_jax.config.chat_checks import check_chat, refuse_chat_fields
-from oel_jax.config.choices import chosen_loss, nonsense, unused
+from oel_jax.config.choices import PER_TURN, chosen_loss, nonsense, unused
 from oel_jax.config.fields import FIELDS, find_field, leaves, refuse
 from oel_jax.config.fields_run import MAX_TURNS
 from oel_jax.config.old_values import convert
@@ -70,9 +70,10 @@ def _check_game(config: ml_collections.ConfigDict, games: Sequence[str]) -> None
     refuse_chat_fields(config)
 
 
-def _check_own_game(config: ml_collections.ConfigDict) -> None:
+def _check_per_turn(config: ml_collections.ConfigDict) -> None:
     """There are no texts to play with, only what the teacher reads with each prefix."""
-    with_it = "with config.extract.experience='own_game', whose context belongs to single prefixes"
+    kind = config.extract.experience
+    with_it = f"with config.extract.experience={kind!r}, whose context belongs to single prefixes"
     if config.consolidate.mode != "on_policy":
         refuse("consolidate.mode", config.consolidate.mode, f"'on_policy' {with_it}")
     if config.negative_control != "none":
@@ -81,6 +82,11 @@ def _check_own_game(config: ml_collections.ConfigDict) -> None:
         refuse("evaluate.curve", config.evaluate.curve, f"() {with_it}")
     if config.evaluate.in_context:
         refuse("evaluate.in_context", True, f"False {with_it}")
+    if kind == "coach":
+        plain = {"history_markers": "text", "template_file": None}
+        for name, must in (plain | {"deduplicate": False, "no_op": False}).items():
+            if config.extract[name] != must:
+                refuse(f"extract.{name}", config.extract[name], f"{must!r} {with_it}")
 
 
 def _check_combinations(config: ml_collections.ConfigDict) -> None:
@@ -89,13 +95,13 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
     if control == "foreign_extraction" and game not in negative_control.OTHER_GAME:
         refuse("negative_control", control, f"another one, since {game!r} has no other game")
     _check_loss(config)
-    if e.experience != "knowledge" and (e.model_path or e.knowledge_from):
-        unused = "model_path" if e.model_path else "knowledge_from"
-        refuse(
-            f"extract.{unused}", e[unused], f"None with config.extract.experience={e.experience!r}"
-        )
-    if e.experience == "own_game":
-        _check_own_game(config)
+    unread = {"knowledge": (), "coach": ("knowledge_from",)}
+    for name in unread.get(e.experience, ("model_path", "knowledge_from")):
+        if e[name]:
+            kind = f"config.extract.experience={e.experience!r}"
+            refuse(f"extract.{name}", e[name], f"None with {kind}")
+    if e.experience in PER_TURN:
+        _check_per_turn(config)
     if e.no_op and not e.previous:
         refuse(
             "extract.no_op",
@@ -119,7 +125,7 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
             f"at least {longest}, the longest student sequence "
             f"(sampler.max_prompt {s.max_prompt} + sampler.max_response {s.max_response})",
         )
-    if has_extractor(config) and e.previous and 0 < (e.max_prompt or 0) <= e.l_max:
+    if has_extractor(config) and shows_previous(config) and 0 < (e.max_prompt or 0) <= e.l_max:
         refuse(
             "extract.max_prompt",
             e.max_prompt,

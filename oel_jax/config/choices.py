@@ -6,6 +6,9 @@ DIVERGENCES = ("reverse", "forward", "jsd", "nll")
 SUPPORTS = ("student", "teacher", "union", "full")
 CORRECTIONS = ("none", "renorm", "tail")
 
+# Values of extract.experience whose contexts belong to single answers: there are no K texts.
+PER_TURN = ("own_game", "hindsight", "coach")
+
 # What consolidate.mode trains with, unless loss.divergence or loss.support say otherwise: the
 # method (paper Eq. 2), its off-policy baseline (spec 10.2), and supervised training on the answers.
 _OF_MODE = {

@@ -39,6 +39,7 @@ PARTS = (
 # The parts that a field can change. None: all of them, which is always right.
 _LATER = ("demonstrate", "preflight", "consolidate", "with_knowledge")
 WRITING = ("knowledge", "extract", *_LATER)  # how knowledge is written
+PLACING = _LATER  # where a model reads it
 USING = ("extract", *_LATER)  # which text of a chain is used
 GAMES_FOR_KNOWLEDGE = ("chains", *WRITING)
 DEPLOYING = ("deploy", "demonstrate", "consolidate")

@@ -1,5 +1,6 @@
 """Fields of a round's stages, but for consolidation: deploy, extract, preflight, evaluate."""
 
+from oel_jax.config.choices import PER_TURN
 from oel_jax.config.field import (
     ABLATION,
     CHECKING,
@@ -12,6 +13,7 @@ from oel_jax.config.field import (
     JUDGING,
     METHOD,
     NOTHING,
+    PLACING,
     SEEDING,
     TRAINING,
     USING,
@@ -143,9 +145,10 @@ EXTRACT = (
         "paper",
         choice(*PLACES),
         METHOD,
-        "where the teacher reads a text: 'paper' = in the paper's wrapper (games), 'system' = in a "
-        "system message, 'user' = before the last user message",
-        TRAINING,
+        "where teacher and in-context policy read a text: 'paper' = where the paper's wrapper has "
+        "its knowledge (games), 'system' = in a system message, 'user' = before the last user "
+        "message",
+        PLACING,
     ),
     Field(
         "extract.trajectories",
@@ -225,11 +228,13 @@ EXTRACT = (
     Field(
         "extract.experience",
         "knowledge",
-        choice("knowledge", "raw", "none", "own_game"),
+        choice("knowledge", "raw", "none", *PER_TURN),
         ABLATION,
         "what the K texts are: 'knowledge'; 'raw': whole games in its place, the newest that fit "
-        "into l_max; 'none': empty (control); 'own_game': no texts, the teacher reads the game "
-        "that a prefix is from, to its end",
+        "into l_max; 'none': empty (control). With the others there are no K texts, and the "
+        "teacher reads with each answer a context for it alone: 'own_game': the whole game or "
+        "conversation; 'hindsight': what came after the answer; 'coach': what the extractor wrote "
+        "for it (docs/contexts.md)",
         WRITING,
     ),
     Field(

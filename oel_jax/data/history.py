@@ -40,7 +40,7 @@ def _parts(trajectory: Trajectory) -> Iterator[tuple[str, str]]:
     """(who, text) of all that was said in a conversation."""
     for turn in trajectory.turns:
         for message in (*turn.messages, turn.shown):
-            text = _words(message)
+            text = words_of(message)
             if text.strip():
                 yield message["role"], text
         if turn.feedback:
@@ -49,7 +49,7 @@ def _parts(trajectory: Trajectory) -> Iterator[tuple[str, str]]:
         yield "outcome", trajectory.outcome
 
 
-def _words(message: Message) -> str:
+def words_of(message: Message) -> str:
     """The text of a message, its calls of tools in brackets."""
     calls = [
         f"[calls {call['function']['name']}: "

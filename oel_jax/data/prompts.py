@@ -357,19 +357,28 @@ def extraction_history(
 
     Raises UserError for another `outcome_mode`.
     """
-    if outcome_mode not in OUTCOME_MODES:
-        raise UserError(
-            f"extract.outcome must be one of {', '.join(OUTCOME_MODES)}; got {outcome_mode!r}"
-        )
+    shown = shown_outcome(outcome, outcome_mode)
     history = "".join(
         f"\nRound{t}_Input: {observation}\n\nRound{t}_Output: {response}"
         for t, (observation, response) in enumerate(turns)
     )
     if outcome_mode == "none":
         return history
+    return f"{history}\n\n\n{shown}\n"
+
+
+def shown_outcome(outcome: str, outcome_mode: str) -> str:
+    """What is shown of how a game ended; '' with 'none'. See `extraction_history`.
+
+    Raises UserError for another `outcome_mode`.
+    """
+    if outcome_mode not in OUTCOME_MODES:
+        raise UserError(
+            f"extract.outcome must be one of {', '.join(OUTCOME_MODES)}; got {outcome_mode!r}"
+        )
     if outcome_mode == "text_only":
-        outcome = re.sub(r"\A(Summary:\n)Final Result: [^\n]*\n", r"\1", outcome)
-    return f"{history}\n\n\n{outcome}\n"
+        return re.sub(r"\A(Summary:\n)Final Result: [^\n]*\n", r"\1", outcome)
+    return "" if outcome_mode == "none" else outcome
 
 
 def conversation_history(parts: Sequence[tuple[str, str]]) -> str:

@@ -22,14 +22,14 @@ import optax
 from oel_jax.base import preemption
 from oel_jax.base.files import write_json
 from oel_jax.data.messages import Context
-from oel_jax.data.trajectories import DecisionPoint, decision_points
+from oel_jax.data.trajectories import DecisionPoint
 from oel_jax.data.trajectory_files import TrajectoryStore
 from oel_jax.distill.aggregation import sample_weights
 from oel_jax.distill.optimizer import make_optimizer
 from oel_jax.distill.packing import Sample, fill, plan
 from oel_jax.distill.step import PLACES, StepConfig, averaged, cast, update, zeros_like
 from oel_jax.learner import guards
-from oel_jax.learner.contexts import contexts_of_round, own_contexts
+from oel_jax.learner.contexts import contexts_of_round
 from oel_jax.learner.memory import (
     compile_step,
     held_bytes,
@@ -58,6 +58,7 @@ from oel_jax.learner.student import (
     save_round_adapter,
 )
 from oel_jax.learner.teacher import Teacher
+from oel_jax.learner.turn_contexts import points_to_learn
 from oel_jax.models.language_model import DTYPES
 from oel_jax.parallel import processes
 from oel_jax.parallel.lookout import Lookout
@@ -82,7 +83,7 @@ class _Episodes(NamedTuple):
 
     store: TrajectoryStore
     first: Sequence[DecisionPoint]
-    own: Sequence[Context | None]  # by episode of the first step
+    own: Sequence[Context | None]  # of each of these points
     beginning: tuple[int, ...]
 
 
@@ -154,9 +155,9 @@ def _load_teacher(run: Run, round_number: int) -> Teacher:
 
 def _read_episodes(run: Run, round_number: int, teacher: Teacher) -> _Episodes:
     store = TrajectoryStore(run.workdir.trajectories(round_number))
-    games = [stored.trajectory for stored in episodes_of_step(run.config, store, "deploy", 1)]
-    first = decision_points(games)
-    own = own_contexts(run.config, games, teacher.model.tokenizer)
+    some = episodes_of_step(run.config, store, "deploy", 1)
+    tokenizer = teacher.model.tokenizer
+    first, own = points_to_learn(run.config, run.workdir, round_number, some, tokenizer)
     return _Episodes(store, first, own, common_beginning(first))
 
 
@@ -186,8 +187,7 @@ def _prepare(
     sampler = build_sampler(config, teacher.model, run.host, how, sizes)
     with waiting(f"{label}: the teacher reads the texts"):
         some = episodes.first[:16]
-        own = [episodes.own[point.episode] for point in some]
-        teacher.prepare([point.dialogue for point in some], own)
+        teacher.prepare([point.dialogue for point in some], episodes.own[: len(some)])
     _follow(config, state, teacher)
     every = config.log.console_every
     progress = Progress(settings.steps, "steps", label, every=every, done=state.step)
@@ -295,6 +295,7 @@ def _samples(this: _Round, state: TrainState) -> tuple[list[Sample], int]:
             teacher,
             this.episodes.beginning,
             this.sampler,
+            run.workdir,
             this.log.flush,
         )
 

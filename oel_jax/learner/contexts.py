@@ -4,15 +4,15 @@ Each source of texts is a kind of context (`oel_jax.data.messages.Context`):
 
     knowledge   the K texts that `extract` wrote, or that another run wrote (spec 10.5)
     raw         whole games in their place
-    hindsight   per game, the game itself to its end (`extract.experience='own_game'`)
     none        nothing: a control
+
+Kinds that belong to single answers are in `turn_contexts`.
 
 Whole games, texts of another run, and empty texts fill the files that `extract` would have filled,
 so that everything after it is the same.
 """
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -22,6 +22,7 @@ from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config import negative_control
+from oel_jax.config.choices import PER_TURN
 from oel_jax.config.old_values import saved_config
 from oel_jax.data import knowledge
 from oel_jax.data.history import history
@@ -87,34 +88,7 @@ def _record(chain: int, step: int, text: str, added: str, tokens: int) -> dict[s
 
 def empty_on_purpose(config: ml_collections.ConfigDict) -> bool:
     """Whether the K texts are to be empty."""
-    return config.extract.experience in ("none", "own_game")
-
-
-def own_contexts(
-    config: ml_collections.ConfigDict, games: Sequence[Trajectory], tokenizer: Tokenizer
-) -> list[Context | None]:
-    """Per trajectory, the context that its decision points have alone; None = a shared one.
-
-    With `extract.experience='own_game'` it is the game itself, whole: the history that an extractor
-    would read, with its outcome (`extract.outcome`), cut to `l_max` from the newest line back. So
-    the teacher knows how the game went on and ended, and the student learns what that would have
-    changed in its answers.
-    """
-    settings = config.extract
-    if settings.experience != "own_game":
-        return [None] * len(games)
-
-    def own_text(game: Trajectory) -> str:
-        text = history(game, outcome_mode=settings.outcome)
-        return knowledge.truncate(
-            text.strip(),
-            settings.l_max,
-            lambda text: len(tokenizer.encode(text)),
-            "v3",
-            keep=settings.truncate,
-        )
-
-    return [Context("hindsight", own_text(game), settings.place) for game in games]
+    return config.extract.experience in ("none", *PER_TURN)
 
 
 def write_empty_texts(
@@ -122,7 +96,7 @@ def write_empty_texts(
 ) -> None:
     """K empty texts: a control, in which the teacher knows no more than the student.
 
-    Also where each game has a context for itself (`own_contexts`).
+    Also where each answer has a context for itself, see `turn_contexts`.
     """
     for chain in range(config.extract.chains):
         for step in range(1, config.extract.n_run + 1):
@@ -186,8 +160,8 @@ def texts_of_round(
 ) -> list[str]:
     """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
 
-    With `extract.experience='none'` all of them are empty, as the config asks; with 'own_game' one
-    empty text takes their place.
+    With `extract.experience='none'` all of them are empty, as the config asks; where each answer
+    has a context for itself, one empty text takes their place.
 
     Raises:
       UserError: all are empty against the config's wish, so there is nothing to learn.
@@ -206,7 +180,7 @@ def texts_of_round(
         for text in processes.json_from_first(path)["texts"]
     ]
     if empty_on_purpose(config):
-        return texts[:1] if extract.experience == "own_game" else texts
+        return texts[:1] if extract.experience in PER_TURN else texts
     if not any(texts):
         raise UserError(
             f"{path}: all {len(texts)} knowledge texts are empty, so there is nothing to "
@@ -227,12 +201,14 @@ def contexts_of_round(
     config: ml_collections.ConfigDict, workdir: Workdir, round_number: int, tokenizer: Tokenizer
 ) -> list[Context]:
     """The contexts that all decision points of a round draw from; see `texts_of_round`."""
-    kind = _KINDS[config.extract.experience]
     texts = texts_of_round(config, workdir, round_number, tokenizer)
-    return [Context(kind, text, config.extract.place) for text in texts]
+    return [context_of(config, text) for text in texts]
 
 
-_KINDS = {"knowledge": "knowledge", "raw": "raw", "none": "none", "own_game": "none"}
+def context_of(config: ml_collections.ConfigDict, text: str) -> Context:
+    """One of the K texts as a model reads it (`extract.place`)."""
+    kind = config.extract.experience
+    return Context(kind if kind in ("knowledge", "raw") else "none", text, config.extract.place)
 
 
 def draw_texts(round_number: int, step: int, count: int, texts: int) -> list[int]:

@@ -17,12 +17,16 @@ from pathlib import Path
 import ml_collections
 
 from oel_jax.base import preemption
+from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from oel_jax.config.budgets import extraction_domain, extraction_template, extractor_budget
+from oel_jax.config.choices import PER_TURN
 from oel_jax.data import answers, knowledge, prompts
 from oel_jax.data.history import history
 from oel_jax.data.trajectories import Trajectory
+from oel_jax.data.trajectory_files import Stored, TrajectoryStore, read
+from oel_jax.learner.coach import coach
 from oel_jax.learner.contexts import (
     copy_of_another_run,
     games_of_chain,
@@ -30,14 +34,13 @@ from oel_jax.learner.contexts import (
     write_raw_trajectories,
 )
 from oel_jax.learner.history import with_markers
-from oel_jax.models.bundled import resolve_bundled
-from oel_jax.models.huggingface import resolve
+from oel_jax.learner.turn_contexts import count_contexts
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.runs.console import Progress, waiting
 from oel_jax.runs.keys import chain_key
 from oel_jax.runs.metrics import Metrics, NoMetrics, printable
-from oel_jax.runs.policies import load_player, policy_directory
+from oel_jax.runs.policies import load_extractor, policy_directory
 from oel_jax.runs.samplers import build_sampler, extraction_layout, extraction_width, sampling
 from oel_jax.runs.session import Run
 from oel_jax.runs.workdir import Workdir
@@ -58,11 +61,14 @@ def extract(run: Run, round_number: int) -> list[Path]:
     """Grow the K texts of a round; returns the files. Finished steps are not done again."""
     config = run.config.extract
     numbers = range(config.chains)
+    for_answers: list[Path] = []
     if config.knowledge_from or config.experience != "knowledge":
-        empty = {"none": write_empty_texts, "own_game": write_empty_texts}
-        fill = {"knowledge": copy_of_another_run, "raw": write_raw_trajectories} | empty
-        work = partial(fill[config.experience], run.config, run.workdir, round_number)
+        fill = {"knowledge": copy_of_another_run, "raw": write_raw_trajectories}
+        fill_in = fill.get(config.experience, write_empty_texts)
+        work = partial(fill_in, run.config, run.workdir, round_number)
         processes.first_does("texts are filled in", work)
+        if config.experience == "coach":
+            for_answers = coach(run, round_number)
     else:
         _grow(run, round_number, processes.share(numbers))
         with waiting(f"round {round_number} extract: other processes write"):
@@ -72,9 +78,39 @@ def extract(run: Run, round_number: int) -> list[Path]:
             steps = range(1, config.n_run + 1)
             _log(run.metrics, config, run.workdir, round_number, steps)
         _finish(run.metrics, config, run.workdir, round_number)
+        if config.experience in PER_TURN:
+            _check_answers(run, round_number)
     steps = range(1, config.n_run + 1)
     files = [run.workdir.knowledge_step(round_number, k, step) for k in numbers for step in steps]
-    return [run.workdir.knowledge(round_number), *files]
+    return [run.workdir.knowledge(round_number), *files, *for_answers]
+
+
+def _check_answers(run: Run, round_number: int) -> None:
+    """How many of the deployed answers have a context for themselves; UserError if none has."""
+    config, place = run.config, run.workdir.trajectories(round_number)
+    store = TrajectoryStore(place)
+    tokenizer = load_tokenizer(policy_directory(config, run.workdir, round_number), run.today)
+    answered = informed = tokens = 0
+    for path in store.files("deploy"):
+        episodes = [Stored(path, game) for game in read(path)]
+        found = count_contexts(config, run.workdir, round_number, episodes, tokenizer)
+        answered, informed, tokens = answered + found[0], informed + found[1], tokens + found[2]
+    kind = config.extract.experience
+    if not informed:
+        raise UserError(
+            f"{place}: none of the {answered} deployed answers has a context of "
+            f"config.extract.experience={kind!r}, so there is nothing to consolidate. 'hindsight' "
+            "needs conversations that continue after an answer, feedback, or an outcome "
+            "(config.extract.outcome); any kind needs a config.extract.l_max that its texts fit "
+            "into"
+        )
+    values = {"informed": (informed, answered), "context_tokens": (tokens, informed)}
+    run.metrics.rewind("contexts", round_number, round_number - 1)
+    run.metrics.scalars("contexts", round_number, values, round=round_number)
+    print(
+        f"{informed} of {answered} deployed answers have a context of their own ({kind}), "
+        f"{tokens / informed:.1f} tokens on average; answers without one are left out"
+    )
 
 
 def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
@@ -82,15 +118,14 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
     config = run.config.extract
     if not numbers:  # more processes than chains
         return
-    directory = resolve(resolve_bundled(config.model_path)) if config.model_path else None
-    policy = policy_directory(run.config, run.workdir, round_number)
-    extractor = load_player(run.config, directory or policy, run.host, today=run.today)
+    extractor = load_extractor(run.config, run.workdir, round_number, run.host, today=run.today)
     chains = [_open_chain(run.config, run.workdir, round_number, number) for number in numbers]
     sizes = extraction_layout(run.config, run.host.shape["fsdp"], len(chains))
     width, budget = extraction_width(run.config), sizes.response
     opened = extractor.tokenizer.opens_thought(thinking=run.config.model.thinking)
     player = extractor.tokenizer
-    if directory:
+    if config.model_path:
+        policy = policy_directory(run.config, run.workdir, round_number)
         player = load_tokenizer(policy, run.today)
     sampler = build_sampler(run.config, extractor, run.host, sampling(config), sizes)
     first, alone = min(chain.done for chain in chains), processes.count() == 1
@@ -283,6 +318,8 @@ def _finish(
     texts = [record["text"] for record in used]
     pool = workdir.knowledge(round_number)
     write_json(pool, {"round": round_number, "n": config.n, "texts": texts})
+    if config.experience in PER_TURN:
+        return
     calls = unfinished = 0
     left_out = dict.fromkeys(_upkeep(config), 0)
     print(f"knowledge after {config.n} trajectories, newest line of each chain:")

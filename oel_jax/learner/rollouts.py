@@ -19,15 +19,17 @@ from oel_jax.base.errors import UserError
 from oel_jax.chat.render import render
 from oel_jax.config.chat_checks import is_chat
 from oel_jax.data.messages import Context
-from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
+from oel_jax.data.trajectories import DecisionPoint, decision_points
 from oel_jax.data.trajectory_files import Stored, TrajectoryStore
 from oel_jax.distill.packing import Sample
-from oel_jax.learner.contexts import draw_texts, own_contexts
+from oel_jax.learner.contexts import draw_texts
 from oel_jax.learner.teacher import Teacher
+from oel_jax.learner.turn_contexts import points_to_learn
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.models.lengths import SHARED_FROM, shared_start
 from oel_jax.parallel import processes
 from oel_jax.runs.keys import generation_key
+from oel_jax.runs.workdir import Workdir
 from oel_jax.sampler.requests import Completion, Request
 from oel_jax.sampler.sampler import Sampler
 
@@ -75,9 +77,10 @@ def _place(seed: int, count: int, position: int) -> int:
 def common_beginning(points: Sequence[DecisionPoint]) -> tuple[int, ...]:
     """Ids that the prompts of the first step begin with: read once a step for all rollouts.
 
-    () if they are too few to matter, or if some points have no ids: `student_samples` refuses them.
+    () if they are too few to matter, if there are no points, or if some have no ids:
+    `student_samples` refuses them.
     """
-    if any(point.prompt_ids is None for point in points):
+    if not points or any(point.prompt_ids is None for point in points):
         return ()
     ids = shared_start([point.prompt_ids for point in points])
     return ids if len(ids) >= SHARED_FROM else ()
@@ -91,6 +94,7 @@ def student_samples(
     teacher: Teacher,
     beginning: tuple[int, ...],
     sampler: Sampler,
+    workdir: Workdir,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[list[Sample], int]:
     """The student's answers at all decision points; and how many stopped by themselves.
@@ -100,10 +104,12 @@ def student_samples(
     Args:
       weights: the student's, as the sampler reads them.
       beginning: `common_beginning` of the first step.
+      workdir: where contexts of single answers are.
       meanwhile: called now and then while the device samples, first when its work is dispatched.
     """
-    games = [stored.trajectory for stored in episodes]
-    points = _drop_remainder(config, decision_points(games))
+    tokenizer = teacher.model.tokenizer
+    points, own = points_to_learn(config, workdir, step.round, episodes, tokenizer)
+    points = _drop_remainder(config, points)
     if not points:
         return [], 0
     _check_ids(episodes, points, teacher.model)
@@ -119,10 +125,11 @@ def student_samples(
     sampler.forget()  # the weights have changed
     answers = all_answers(sampler, weights, requests, meanwhile)
     drawn = draw_texts(step.round, step.number, len(points), len(teacher.contexts))
-    own = own_contexts(config, games, teacher.model.tokenizer)
     samples = [
-        sample_of(teacher, point, number, answer, own[point.episode])
-        for point, number, answer in zip(points, drawn, answers, strict=True)
+        sample_of(teacher, point, number, answer, context)
+        for point, context, number, answer in zip(
+            points, own[: len(points)], drawn, answers, strict=True
+        )
     ]
     return samples, sum(answer.stopped for answer in answers)
 
@@ -221,11 +228,12 @@ def demonstrator_samples(
     samples, stopped = [], 0
     for point in points:
         number, game = drawn[point.episode], games[point.episode]
-        if _text(game) != teacher.contexts[number].text:
+        if _read(game.context) != _read(teacher.contexts[number]):
             raise UserError(
                 f"{episodes[point.episode].path}: the game of seed {game.seed} was not played with "
-                "the knowledge that was drawn for it; the round's texts have changed since: run "
-                "the demonstrate stage again in a new --workdir"
+                "the knowledge that was drawn for it, or with it in another place; the round's "
+                "texts or config.extract.place have changed since: run the demonstrate stage again "
+                "in a new --workdir"
             )
         response = game.turns[point.turn].response_ids
         shared, suffix = teacher.split(number, point.dialogue)
@@ -237,9 +245,9 @@ def demonstrator_samples(
     return samples, stopped
 
 
-def _text(game: Trajectory) -> str:
-    """The text that a game was played with."""
-    return "" if game.context is None else game.context.text
+def _read(context: Context | None) -> tuple[str, str]:
+    """(text, place) of what was read in addition; an empty text has no place."""
+    return (context.text, context.place) if context and context.text else ("", "")
 
 
 def _check_ids(

@@ -84,12 +84,12 @@ class Teacher:
         """Encode the prefixes of all shared contexts, once.
 
         Args:
-          examples: dialogues whose prompts they will serve.
+          examples: dialogues whose prompts they will serve; without any nothing is shared.
           own: the contexts that the examples have for themselves, if they have some.
         """
         pairs = list(zip(examples, own or [None] * len(examples), strict=True))
         for number in range(len(self.contexts)) if not self._prefixes else ():
-            ids = shared_start([self.prompt(number, *pair) for pair in pairs])
+            ids = shared_start([self.prompt(number, *pair) for pair in pairs]) if pairs else ()
             self._prefixes[number] = KnowledgePrefix(ids, self._encode(self.model.params, ids))
 
     def encode_with(self, params: Params, text: int) -> KeyValues:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from oel_jax.config.budgets import shows_previous
 from oel_jax.models.lengths import padded_length
 from oel_jax.plan.costs import Cost, cost, rough_temporaries
 from oel_jax.plan.measure import Compiled
@@ -191,6 +192,6 @@ def _extraction(plan: Plan, s: SamplerConfig, amount: Amounts) -> float:
     a, config = plan.assumed, plan.arrays.config
     calls = amount.extractor_calls / amount.extractor_waves / plan.target.processes
     prompt = a.turns * (a.turn_tokens + a.answer_tokens) + 1024
-    prompt += config.extract.l_max / 2 if config.extract.previous else 0
+    prompt += config.extract.l_max / 2 if shows_previous(config) else 0
     prefill = math.ceil(calls / s.prefill_rows) * _again(plan, "prefill, extract", prompt)
     return amount.extractor_waves * (prefill + a.extract_tokens * _one(plan, "decode, extract"))

@@ -6,6 +6,7 @@ command change them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +14,11 @@ import ml_collections
 import numpy as np
 
 from oel_jax.config.budgets import has_extractor, play_budget
+from oel_jax.config.choices import PER_TURN
 from oel_jax.distill.packing import Sample, Shape, plan
 from oel_jax.models.lengths import SHARED_FROM, padded_length
 from oel_jax.runs.samplers import (
+    coach_layout,
     extraction_layout,
     extraction_width,
     play_layout,
@@ -135,7 +138,8 @@ def samplers(
     if texts and (config.evaluate.in_context or config.evaluate.curve or config.preflight.games):
         informed = play_layout(config, fsdp, informed=True, texts=texts, shared=header + e.l_max)
     if has_extractor(config):
-        extractor = extraction_layout(config, fsdp, -(-e.chains // layout.processes))
+        per_chain = partial(extraction_layout, chains=-(-e.chains // layout.processes))
+        extractor = (coach_layout if e.experience == "coach" else per_chain)(config, fsdp)
     return play, informed, extractor
 
 
@@ -159,7 +163,7 @@ def workload(
     """
     fsdp = layout.fsdp
     play, informed, extractor = samplers(config, layout, assumed.header_tokens)
-    own = config.extract.experience == "own_game"
+    own = config.extract.experience in PER_TURN
     texts = 0 if own else config.extract.chains
     more = config.extract.l_max if own else 0
     games, budget = config.deploy.games_per_step, config.consolidate.token_budget
@@ -212,14 +216,19 @@ def amounts(config: ml_collections.ConfigDict, assumed: Assumptions) -> Amounts:
     off_policy = t.mode != "on_policy"
     held_out = v.maps * v.seeds
     with_text = int(e.experience != "none" and v.in_context) + len(v.curve)
-    plain = held_out * (1 + len(v.steps)) + config.preflight.games
-    calls = e.chains * e.n_run if has_extractor(config) else 0
-    width = extraction_width(config)
+    plain = held_out * (1 + len(v.steps))
+    calls, width = e.chains * e.n_run if has_extractor(config) else 0, extraction_width(config)
+    waves, tried = -(-e.n_run // width) if calls else 0, config.preflight.games
+    if e.experience == "coach":  # one call for each answer, and never an empty slot
+        calls = round(assumed.turns * trained)
+        waves = -(-calls // config.sampler.slots)
+    if e.experience in PER_TURN:  # no text to play with
+        tried = 0
     return Amounts(
         deploy=assumed.turns * (chains * e.n_run + trained * (2 if off_policy else 1)),
-        informed=assumed.turns * (held_out * with_text + config.preflight.games * e.chains),
-        plain=assumed.turns * plain,
+        informed=assumed.turns * (held_out * with_text + tried * e.chains),
+        plain=assumed.turns * (plain + tried),
         rollouts=0.0 if off_policy else assumed.turns * trained,
         extractor_calls=calls,
-        extractor_waves=-(-e.n_run // width) if calls else 0,
+        extractor_waves=waves,
     )

@@ -103,6 +103,21 @@ def load_player_of_round(
     return load_player(config, policy_directory(config, workdir, number), host, today=today)
 
 
+def load_extractor(
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    number: int,
+    host: jax.sharding.Mesh,
+    *,
+    today: datetime.datetime | None,
+) -> LanguageModel:
+    """The model that writes a round's texts: `extract.model_path`, or P_r; see `load_player`."""
+    path = config.extract.model_path
+    if not path:
+        return load_player_of_round(config, workdir, number, host, today=today)
+    return load_player(config, resolve(resolve_bundled(path)), host, today=today)
+
+
 def sampler_params(
     config: ml_collections.ConfigDict, params: Params, gather: Callable[[Any], Any] = replicate
 ) -> Params:

@@ -123,6 +123,13 @@ def extraction_layout(config: ml_collections.ConfigDict, fsdp: int, chains: int)
     )
 
 
+def coach_layout(config: ml_collections.ConfigDict, fsdp: int) -> SamplerConfig:
+    """Sizes of the sampler that writes a text for each answer."""
+    prompt, response = extractor_budget(config)
+    draft = config.extract.draft_tokens
+    return layout(config, fsdp, prompt=prompt, response=response, draft=draft)
+
+
 def sampling(section: ml_collections.ConfigDict) -> Sampling:
     """Sampling settings of a config section (`deploy`, `extract`, `evaluate`)."""
     return Sampling(section.temperature, section.top_k, section.top_p)

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from oel_jax.config.chat_checks import is_chat
+from oel_jax.config.choices import PER_TURN
 
 
 def _always(_: Mapping[str, Any]) -> bool:
@@ -21,7 +22,7 @@ def _off_policy(config: Mapping[str, Any]) -> bool:
 
 
 def _texts_are_tried(config: Mapping[str, Any]) -> bool:
-    own = config.get("extract", {}).get("experience") == "own_game"  # no text to play with
+    own = config.get("extract", {}).get("experience") in PER_TURN  # no text to play with
     return not own and bool(config.get("preflight", {"games": 0})["games"])
 
 

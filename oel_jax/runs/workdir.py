@@ -9,7 +9,8 @@
                       deploy_0000.jsonl .. (games whose answers are trained on),
                       demonstrate_0000.jsonl .. (played with knowledge; off-policy baselines only);
                       of a chat round also heldout_0000.jsonl and snapshot.json
-        knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts)
+        knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts);
+                      coach_deploy_0000.jsonl .. (with coach contexts: a text for each answer)
         preflight.json  what each text gains in context, measured before consolidation
         consolidate/  Orbax checkpoints inside the round; gone when it is consolidated
         policy/       the model handed to the next round, as a Hugging Face directory
@@ -197,6 +198,10 @@ class Workdir:
     def knowledge(self, round_number: int) -> Path:
         """The K knowledge texts that the round uses."""
         return self.round(round_number) / "knowledge" / "knowledge.json"
+
+    def coach(self, round_number: int, trajectories: Path) -> Path:
+        """What the coach wrote for the answers in a file of the round's trajectories."""
+        return self.round(round_number) / "knowledge" / f"coach_{trajectories.name}"
 
     def preflight(self, round_number: int) -> Path:
         """What each knowledge text gains in context, before consolidation."""

@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from oel_jax.config.budgets import extraction_template
+from oel_jax.config.choices import PER_TURN
 from oel_jax.config.defaults import as_json
 from oel_jax.config.fields import is_free, leaves, unaffected
 from oel_jax.data.trajectory_files import TrajectoryStore
@@ -127,9 +128,10 @@ def _extraction(config: ConfigDict, workdir: Workdir, number: int) -> list[Any]:
     """Whatever extraction reads: extractor, games, template, another run's knowledge."""
     path, other = config.extract.model_path, config.extract.get("knowledge_from", "")
     extractor = resolve(resolve_bundled(path)) if path else None
+    per_turn = config.extract.experience in PER_TURN  # then it reads the answers trained on, too
     return [
         _directory(extractor) if extractor else _policy(config, workdir, number),
-        _digests(workdir, number, "deploy", skip="deploy_"),
+        _digests(workdir, number, "deploy", skip="" if per_turn else "deploy_"),
         extraction_template(config),
         _directory(Workdir(other).round(number) / "knowledge") if other else [],
     ]
