@@ -16,6 +16,7 @@ COMMANDS = {
     "export": ("oel_jax.export.command", "write the policy of a round to a directory"),
     "serve": ("oel_jax.serve.command", "answer over HTTP as OpenAI's API does, and record it"),
     "online": ("oel_jax.online.command", "run server, learner and players of a game together"),
+    "review": ("oel_jax.review.command", "show and approve knowledge texts that wait for it"),
     "evaluate": ("oel_jax.evaluate.command", "run lm-evaluation-harness on the policies of a run"),
 }
 

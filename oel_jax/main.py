@@ -6,7 +6,8 @@ with a workdir that all of them see (launch/README.md).
 
 Exit status: 0 finished; 2 a mistake that can be mended, or a stage that needs another one first; 75
 run the same command again: saved and stopped before the machine is taken away, or other processes
-did not come; 130 stopped by Ctrl-C (the first one saves, a second one stops at once).
+did not come; 76 knowledge texts wait for approval (`oel review`); 130 stopped by Ctrl-C (the first
+one saves, a second one stops at once).
 """
 
 import os
@@ -84,7 +85,7 @@ def _run_together(config: ml_collections.ConfigDict) -> None:
 def _last_words(error: BaseException) -> tuple[str, int]:
     """What to say about the end of a run, and its exit status."""
     if isinstance(error, UserError):
-        return f"error: {error}", error.status
+        return f"{error.heading}: {error}", error.status
     if isinstance(error, preemption.Preempted):
         return preemption.last_words(error.kept), preemption.status()
     return "".join(traceback.format_exception(error)), 1
@@ -110,7 +111,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _fail(error: BaseException) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"{getattr(error, 'heading', 'error')}: {error}", file=sys.stderr)
     sys.exit(getattr(error, "status", UserError.status))
 
 

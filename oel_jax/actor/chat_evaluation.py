@@ -25,12 +25,13 @@ from oel_jax.config.file import explain, load_module
 from oel_jax.data.general_text import TEXT
 from oel_jax.data.messages import NOTHING, Context, place_context
 from oel_jax.data.trajectories import DecisionPoint, Trajectory, decision_points
-from oel_jax.data.trajectory_files import read
+from oel_jax.data.trajectory_files import Stored, read
 from oel_jax.evaluate.likelihood import score
 from oel_jax.learner.contexts import contexts_of_round
 from oel_jax.learner.heldout import heldout_divergence
 from oel_jax.learner.rollouts import all_answers, sample_of
 from oel_jax.learner.teacher import Teacher
+from oel_jax.learner.turn_contexts import points_to_learn
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.report.conversations import numbers_of
@@ -132,8 +133,28 @@ class _Heldout:
             thinking=config.model.thinking,
             block=config.model.attention_block,
         )
-        teacher.prepare([point.dialogue for point in self.points[:16]])
+        some = [self.points[index] for index in self._compared][:16]
+        own = [self._compared[index] for index in self._compared][:16]
+        teacher.prepare([point.dialogue for point in some], own)
         return teacher
+
+    @cached_property
+    def _compared(self) -> dict[int, Context | None]:
+        """The points where policy and teacher are compared, and what that teacher reads alone.
+
+        Contexts of single answers are those of the held-out answers themselves. A coach has not
+        written any for them.
+        """
+        run = self._run
+        if run.config.extract.experience == "coach":
+            return {}
+        file = run.workdir.heldout(self._number)
+        episodes = [Stored(file, talk) for talk in self._talks]
+        tokenizer = self._before.tokenizer
+        found = points_to_learn(run.config, run.workdir, self._number, episodes, tokenizer)
+        index_of = {(point.episode, point.turn): index for index, point in enumerate(self.points)}
+        pairs = zip(*found, strict=True)
+        return {index_of[point.episode, point.turn]: context for point, context in pairs}
 
     def measure(self, name: str) -> Path:
         """Measure one policy; returns the result's file. What is there is not done again."""
@@ -228,12 +249,16 @@ class _Heldout:
         write_json(samples_of(file), {"answers": samples})
         write_json(file, result)
 
-    def _kl(self, model: LanguageModel, answers: Sequence[Completion]) -> dict[str, float]:
-        """KL(policy || teacher) over the policy's own answers."""
+    def _kl(self, model: LanguageModel, answers: Sequence[Completion]) -> dict[str, float] | None:
+        """KL(policy || teacher) over the policy's own answers; None if no teacher knows more."""
         samples = [
-            sample_of(self._teacher, point, index % len(self._contexts), answer)
-            for index, (point, answer) in enumerate(zip(self.points, answers, strict=True))
+            sample_of(
+                self._teacher, self.points[index], index % len(self._contexts), answers[index], own
+            )
+            for index, own in self._compared.items()
         ]
+        if not samples:
+            return None
         return heldout_divergence(self._run.config, model, self._teacher, samples)._asdict()
 
     def _approved(self, model: LanguageModel) -> dict[str, float] | None:

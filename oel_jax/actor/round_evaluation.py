@@ -17,7 +17,7 @@ from oel_jax.report.summary import rate
 from oel_jax.runs.metrics import Metrics, NoMetrics
 from oel_jax.runs.policies import load_player, load_player_of_round
 from oel_jax.runs.session import Run
-from oel_jax.runs.workdir import Workdir, samples_of
+from oel_jax.runs.workdir import samples_of
 
 
 def evaluate_start(run: Run, _: int = 0) -> list[Path]:
@@ -67,7 +67,7 @@ def _with_knowledge(run: Run, number: int) -> list[Path]:
     policy = load_player_of_round(run.config, run.workdir, number, run.host, today=run.today)
     for n in sorted(points):
         files.append(run.workdir.evaluation(number, points[n]))
-        texts = _texts(run.workdir, number, n, run.config.extract.chains)
+        texts = _texts(run, number, n)
         result = evaluate(
             run,
             policy,
@@ -101,9 +101,12 @@ def _inside(run: Run, number: int) -> list[Path]:
     return files
 
 
-def _texts(workdir: Workdir, number: int, n: int, chains: int) -> list[str]:
-    """The text of each chain after n trajectories."""
-    files = (workdir.knowledge_step(number, chain, n) for chain in range(chains))
+def _texts(run: Run, number: int, n: int) -> list[str]:
+    """The text of each chain after n trajectories; with `extract.review` those approved."""
+    if run.config.extract.review:  # then n is that of the texts that are used
+        return processes.json_from_first(run.workdir.approved(number))["texts"]
+    chains = range(run.config.extract.chains)
+    files = (run.workdir.knowledge_step(number, chain, n) for chain in chains)
     return [read_json(file)["text"] for file in files]
 
 

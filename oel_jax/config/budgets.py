@@ -35,6 +35,12 @@ def extractor_budget(config: ml_collections.ConfigDict) -> tuple[int, int]:
     return e.max_prompt or history + (e.l_max if shows_previous(config) else 0), e.l_max
 
 
+def drops_quotes(config: ml_collections.ConfigDict) -> bool:
+    """Whether lines that give a trajectory away are left out of the texts."""
+    wanted = config.extract.drop_quotes
+    return is_chat(config) if wanted is None else wanted
+
+
 def shows_previous(config: ml_collections.ConfigDict) -> bool:
     """Whether the extractor reads the knowledge gathered so far."""
     return config.extract.previous and config.extract.experience != "coach"

@@ -102,6 +102,15 @@ def _check_combinations(config: ml_collections.ConfigDict) -> None:
             refuse(f"extract.{name}", e[name], f"None with {kind}")
     if e.experience in PER_TURN:
         _check_per_turn(config)
+    if e.drop_quotes and not (e.experience == "knowledge" and has_extractor(config)):
+        why = "None or False where no extractor writes the K texts"
+        refuse("extract.drop_quotes", True, why)
+    if e.review and e.experience not in ("knowledge", "raw"):
+        why = f"False with config.extract.experience={e.experience!r}, which has no texts to read"
+        refuse("extract.review", True, why)
+    if e.review and config.evaluate.curve:
+        why = "() with config.extract.review=True, since only the texts after n are approved"
+        refuse("evaluate.curve", config.evaluate.curve, why)
     if e.no_op and not e.previous:
         refuse(
             "extract.no_op",

@@ -255,6 +255,22 @@ EXTRACT = (
         WRITING,
     ),
     Field(
+        "extract.drop_quotes",
+        None,
+        or_none(FLAG),
+        METHOD,
+        "leave out lines that quote the trajectory at length, or have a name, an address or a key "
+        "from it (docs/review.md); None = in chat rounds",
+        WRITING,
+    ),
+    Field(
+        "extract.review",
+        False,
+        FLAG,
+        IO,
+        "end the round after extract with status 76 until its texts are approved (docs/review.md)",
+    ),
+    Field(
         "extract.no_op",
         False,
         FLAG,

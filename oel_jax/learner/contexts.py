@@ -12,7 +12,10 @@ Whole games, texts of another run, and empty texts fill the files that `extract`
 so that everything after it is the same.
 """
 
+import hashlib
+import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -160,14 +163,23 @@ def texts_of_round(
 ) -> list[str]:
     """The K texts of the round, stripped and cut to l_max (spec 8.1 step 3).
 
+    With `extract.review` they are those that were approved.
+
     With `extract.experience='none'` all of them are empty, as the config asks; where each answer
     has a context for itself, one empty text takes their place.
 
     Raises:
-      UserError: all are empty against the config's wish, so there is nothing to learn.
+      UserError: all are empty against the config's wish, so there is nothing to learn; or they
+        are not those that were approved.
     """
-    path = workdir.knowledge(round_number)
     extract = config.extract
+    path = (workdir.approved if extract.review else workdir.knowledge)(round_number)
+    found = processes.json_from_first(path)
+    if extract.review and found["sha256"] != digest_of(found["texts"]):
+        raise UserError(
+            f"{path} has changed since its texts were approved; delete it, approve the texts with "
+            "`oel review`, and run the same command again"
+        )
     texts = [
         knowledge.truncate(
             text.strip(),
@@ -177,7 +189,7 @@ def texts_of_round(
             keep=extract.truncate,
             marker=extract.item_marker,
         )
-        for text in processes.json_from_first(path)["texts"]
+        for text in found["texts"]
     ]
     if empty_on_purpose(config):
         return texts[:1] if extract.experience in PER_TURN else texts
@@ -195,6 +207,11 @@ def texts_of_round(
             "from the teacher without knowledge"
         )
     return negative_control.teacher_texts(config, round_number, texts)
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """SHA-256 of some texts, in hexadecimal."""
+    return hashlib.sha256(json.dumps(list(texts)).encode("utf-8")).hexdigest()
 
 
 def contexts_of_round(

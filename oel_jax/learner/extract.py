@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -20,7 +21,12 @@ from oel_jax.base import preemption
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json, write_json
 from oel_jax.chat.tokenizer import Tokenizer, load_tokenizer
-from oel_jax.config.budgets import extraction_domain, extraction_template, extractor_budget
+from oel_jax.config.budgets import (
+    drops_quotes,
+    extraction_domain,
+    extraction_template,
+    extractor_budget,
+)
 from oel_jax.config.choices import PER_TURN
 from oel_jax.data import answers, knowledge, prompts
 from oel_jax.data.history import history
@@ -35,6 +41,7 @@ from oel_jax.learner.contexts import (
 )
 from oel_jax.learner.history import with_markers
 from oel_jax.learner.turn_contexts import count_contexts
+from oel_jax.logs.quotes import Source, drop_lines
 from oel_jax.models.language_model import LanguageModel
 from oel_jax.parallel import processes
 from oel_jax.runs.console import Progress, waiting
@@ -153,7 +160,7 @@ def _grow(run: Run, round_number: int, numbers: Sequence[int]) -> None:
             for answer in sampler.generate(extractor.params, requests, safe_place):
                 chain, step = answer.tag
                 file = run.workdir.knowledge_step(round_number, chain.number, step)
-                _absorb(run.config.extract, extractor.tokenizer, file, answer, opened)
+                _absorb(run.config, extractor.tokenizer, file, answer, opened)
                 progress.update()
             if alone:  # otherwise other processes have some of the chains
                 _log(run.metrics, config, run.workdir, round_number, steps)
@@ -218,17 +225,22 @@ def _absorb(
 ) -> None:
     """Clean, parse, append, truncate and save one answer (spec 6.1 steps 6 to 9).
 
-    `parsed` in the file is what was appended, without what `no_op` and `deduplicate` took away.
+    `parsed` in the file is what was appended, without what `drop_quotes`, `no_op` and `deduplicate`
+    took away.
 
     Args:
-      config: its section `extract`.
       tokenizer: the extractor's.
     """
     chain, step = answer.tag
+    drops, config = drops_quotes(config), config.extract
     response = tokenizer.decode(answer.ids)
     stripped, finished = answers.split_thought(response, config.unfinished_thought, opened=opened)
     parsed = knowledge.parse(stripped or "", config.version, config.item_marker)
-    upkeep: dict[str, bool | int] = {}
+    upkeep: dict[str, Any] = {}
+    if drops:
+        parsed, quoting = drop_lines(parsed, Source(chain.games[step - 1]))
+        upkeep["quotes"] = len(quoting)
+        upkeep["quoting"] = [[line, list(map(str, why))] for line, why in quoting]
     if config.no_op:
         parsed, upkeep["no_new"] = knowledge.without_no_op(
             stripped or "", parsed, config.item_marker
@@ -284,7 +296,7 @@ def _log(
             "unfinished_thoughts": (sum(not r["thought_finished"] for r in records), count),
             "nothing_parsed": (sum(_says_nothing(r) for r in records), count),
         }
-        for name in _upkeep(config):
+        for name in _upkeep(records):
             values[name] = (sum(r.get(name, 0) for r in records), count)
         metrics.rewind("extract", round_number, step - 1)
         metrics.scalars("extract", step, values, round=round_number)
@@ -292,19 +304,19 @@ def _log(
 
 _UPKEEP = {
     "no_new": "answer(s) with nothing new (config.extract.no_op)",
+    "quotes": "line(s) left out that give a trajectory away (config.extract.drop_quotes)",
     "duplicates": "item(s) left out that were known already (config.extract.deduplicate)",
 }
 
 
 def _says_nothing(record: dict) -> bool:
     """Whether an answer had no item; one that was left out on purpose had."""
-    return not (record["parsed"] or record.get("no_new") or record.get("duplicates"))
+    return not (record["parsed"] or any(record.get(name) for name in _UPKEEP))
 
 
-def _upkeep(config: ml_collections.ConfigDict) -> list[str]:
-    """What else is counted: answers with nothing new, items left out as duplicates."""
-    counted = {"no_new": config.no_op, "duplicates": config.deduplicate}
-    return [name for name, wanted in counted.items() if wanted]
+def _upkeep(records: Sequence[dict]) -> list[str]:
+    """What else is counted in these steps, where the config asks for it."""
+    return [name for name in _UPKEEP if any(name in record for record in records)]
 
 
 def _finish(
@@ -321,7 +333,7 @@ def _finish(
     if config.experience in PER_TURN:
         return
     calls = unfinished = 0
-    left_out = dict.fromkeys(_upkeep(config), 0)
+    left_out = dict.fromkeys(_upkeep(used), 0)
     print(f"knowledge after {config.n} trajectories, newest line of each chain:")
     for record in used:
         chain = record["chain"]

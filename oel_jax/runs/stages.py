@@ -21,6 +21,10 @@ def _off_policy(config: Mapping[str, Any]) -> bool:
     return config["consolidate"].get("mode", "on_policy") != "on_policy"
 
 
+def _is_reviewed(config: Mapping[str, Any]) -> bool:
+    return config.get("extract", {}).get("review", False)
+
+
 def _texts_are_tried(config: Mapping[str, Any]) -> bool:
     own = config.get("extract", {}).get("experience") in PER_TURN  # no text to play with
     return not own and bool(config.get("preflight", {"games": 0})["games"])
@@ -75,8 +79,15 @@ STAGES = (
         shares="oel_jax.study.shares:extract",
     ),
     Stage(
-        name="demonstrate",
+        name="review",
         needs=("extract",),
+        work="oel_jax.review.gate:write_approved",
+        before="oel_jax.review.gate:check_decided",
+        wanted=_is_reviewed,
+    ),
+    Stage(
+        name="demonstrate",
+        needs=("extract", "review"),
         work="oel_jax.actor.deploy:demonstrate",
         plays=True,
         wanted=_off_policy,
@@ -84,7 +95,7 @@ STAGES = (
     ),
     Stage(
         name="preflight",
-        needs=("extract",),
+        needs=("extract", "review"),
         work="oel_jax.actor.preflight:preflight",
         plays=True,
         wanted=_texts_are_tried,
@@ -92,7 +103,7 @@ STAGES = (
     ),
     Stage(
         name="consolidate",
-        needs=("deploy", "extract", "demonstrate"),
+        needs=("deploy", "extract", "review", "demonstrate"),
         work="oel_jax.learner.consolidate:consolidate",
         before="oel_jax.actor.preflight:check_gain",
         after="oel_jax.nano.skills:keep_skilled",
@@ -101,7 +112,7 @@ STAGES = (
     ),
     Stage(
         name="evaluate",
-        needs=("extract", "consolidate"),
+        needs=("extract", "review", "consolidate"),
         work="oel_jax.actor.round_evaluation:evaluate_round",
         start="oel_jax.actor.round_evaluation:evaluate_start",
         plays=True,

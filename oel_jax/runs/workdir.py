@@ -10,6 +10,7 @@
                       demonstrate_0000.jsonl .. (played with knowledge; off-policy baselines only);
                       of a chat round also heldout_0000.jsonl and snapshot.json
         knowledge/    chain_00/step_003.json .. (after 3 games), knowledge.json (the K texts);
+                      review.json, review.md, approved.json (with extract.review);
                       coach_deploy_0000.jsonl .. (with coach contexts: a text for each answer)
         preflight.json  what each text gains in context, measured before consolidation
         consolidate/  Orbax checkpoints inside the round; gone when it is consolidated
@@ -202,6 +203,18 @@ class Workdir:
     def coach(self, round_number: int, trajectories: Path) -> Path:
         """What the coach wrote for the answers in a file of the round's trajectories."""
         return self.round(round_number) / "knowledge" / f"coach_{trajectories.name}"
+
+    def review(self, round_number: int) -> Path:
+        """What has been decided about each knowledge text (`extract.review`)."""
+        return self.round(round_number) / "knowledge" / "review.json"
+
+    def review_page(self, round_number: int) -> Path:
+        """The texts and their sources, to read."""
+        return self.round(round_number) / "knowledge" / "review.md"
+
+    def approved(self, round_number: int) -> Path:
+        """The knowledge texts that were approved, as the round uses them."""
+        return self.round(round_number) / "knowledge" / "approved.json"
 
     def preflight(self, round_number: int) -> Path:
         """What each knowledge text gains in context, before consolidation."""

@@ -347,6 +347,9 @@ def runs(study: Study, root: Path) -> list[Planned]:
                 if is_chat(config):
                     refuse("game.name", None, "a game: a study compares pass rates")
                 validate(config, games=environments.known(config.game))
+                if config.extract.review:
+                    why = "False in a study, whose runs wait for nobody and share their texts"
+                    refuse("extract.review", True, why)
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
             planned.append(Planned(variant, seed, config, run_directory(root, variant.name, seed)))

@@ -123,7 +123,7 @@ def test_the_jobset_holds_together(kind):
         for rule in rules
         for code in rule.get("onExitCodes", {}).get("values", [])
     }
-    assert by_code == {2: "FailJob", 75: "Ignore"}
+    assert by_code == {2: "FailJob", 76: "FailJob", 75: "Ignore"}
     assert all(r["onExitCodes"]["containerName"] == container["name"] for r in rules[:2])
     assert rules[2]["onPodConditions"][0] == {"type": "DisruptionTarget", "status": "True"}
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"

@@ -267,6 +267,8 @@ OTHER = {
     "model.check_weights": False,
     "extract.unfinished_thought": "keep",
     "extract.truncate": "head",
+    "extract.drop_quotes": True,
+    "extract.place": "user",
     "extract.draft_tokens": 2,
     "extract.model_path": "nano:tiny",
     "extract.experience": "raw",
