@@ -1,7 +1,6 @@
 """A round that waits for a person: the gate, the command, and what is learned then."""
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -112,8 +111,13 @@ def test_decisions_one_by_one_and_in_what_order(waiting, tmp_path, monkeypatch):
     assert state(waiting) == ["rejected", "approved"]
     # A run that was extracted anew is decided on anew.
     file = Workdir(waiting).knowledge(1)
-    file.write_text(json.dumps(read_json(file) | {"texts": ["new", "texts"]}))
-    assert "## Text 1: waiting" in review(waiting)
+    before = read_json(file)["texts"]
+    file.write_text(file.read_text().replace("EXPERIENCE", "experience"))
+    changed = [now != old for now, old in zip(read_json(file)["texts"], before, strict=True)]
+    page = review(waiting)
+    for chain, (new, old) in enumerate(zip(changed, ("rejected", "approved"), strict=True)):
+        assert f"## Text {chain}: {'waiting' if new else old}" in page
+    assert any(changed)
 
 
 @pytest.mark.parametrize(
