@@ -19,7 +19,7 @@ from oel_jax.learner.coach import written_texts
 from oel_jax.learner.extract import extract
 from oel_jax.learner.turn_contexts import count_contexts, points_to_learn
 from oel_jax.models import bundled
-from oel_jax.runs.metrics import read as read_metrics
+from oel_jax.runs.metrics import read_metrics
 
 consolidation = importlib.import_module("oel_jax.learner.consolidate")
 coaching = importlib.import_module("oel_jax.learner.coach")
