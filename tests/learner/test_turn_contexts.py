@@ -194,7 +194,7 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", ["games", "chats"])
+@pytest.mark.parametrize("kind", [pytest.param("games", marks=pytest.mark.slow), "chats"])
 def test_a_coach_writes_for_every_answer_and_resumes_after_a_kill(
     kind, request, made, monkeypatch, capsys
 ):

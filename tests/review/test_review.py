@@ -205,6 +205,7 @@ def test_a_kill_between_approval_and_training_changes_nothing(waiting, monkeypat
     assert len(read_json(Workdir(waiting).approved(1))["texts"]) == 2
 
 
+@pytest.mark.slow
 def test_the_command_and_the_status_76(finished_run, tmp_path, capsys):
     work = copy_of(finished_run, tmp_path / "run", *LATER)
     flags = as_flags(extract__review=True, consolidate__steps=1)
