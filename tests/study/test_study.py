@@ -269,6 +269,7 @@ OTHER = {
     "extract.truncate": "head",
     "extract.drop_quotes": True,
     "extract.user_share": 0.5,
+    "extract.history": "reactions",
     "logs.path": ("elsewhere/*.jsonl",),
     "evaluate.conversations": 3,
     "evaluate.text_file": "elsewhere.txt",
