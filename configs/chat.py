@@ -9,8 +9,9 @@ Each round freezes the conversations that are new, writes down what would have s
 better, and trains that into the model. See docs/chat.md.
 
 Expected: what the users' own words ask for. The page of the run (report.html) shows answers to
-held-out conversations before and after. Run time: SmolLM2-135M about 15 minutes a round on two CPU
-cores; a model of 1 to 8B parameters wants a GPU or TPU.
+held-out conversations before and after. Run time: not measured; by the arithmetic of its tokens
+some tens of minutes a round with SmolLM2-135M on two CPU cores. A model of 1 to 8B parameters wants
+a GPU or TPU.
 """
 
 import ml_collections

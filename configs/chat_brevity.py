@@ -9,7 +9,9 @@ oel_jax/testing/synthetic_users.py) complain about long answers and are glad of 
 model reads these conversations, writes down what the users want, and one round trains that into it.
 Fresh questions of users that it has not learned from then get short answers without instruction.
 
-Expected and run time: see benchmarks/results/chat_brevity.json and docs/chat.md.
+Expected: what SmolLM2 writes down is like "Please answer in one short sentence." Held-out answers
+become shorter and end by themselves. `python -m benchmarks.chat_brevity --model=DIR` measures by
+how much, with several seeds. Run time: an estimate is 15 minutes on two idle CPU cores.
 """
 
 import ml_collections
