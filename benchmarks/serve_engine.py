@@ -51,7 +51,7 @@ def talk(tokenizer: Tokenizer, number: int, prompt: int, shared: int) -> list[Me
         ids = tokenizer.encode(" ".join(words))[:tokens]
         return tokenizer.decode(ids).strip()
 
-    system = [Message(role="system", content=text(0, shared))] if shared else []
+    system: list[Message] = [{"role": "system", "content": text(0, shared)}] if shared else []
     whole = [*system, user("x")]
     rest = prompt - len(render(tokenizer, Dialogue(tuple(whole)), thinking=False)) - 8
     ask = f"Tell a long story with these words: {text(1 + number, max(8, rest))}"

@@ -14,6 +14,7 @@ from benchmarks import (
     plan_table,
     readme,
     sampler,
+    serve_engine,
     side_by_side,
     topk_kl,
 )
@@ -45,6 +46,20 @@ def test_sampler_against_transformers(monkeypatch, tmp_path, capsys):
     # Knowledge once; four openings; what the histories grow by; no last tokens.
     assert f"encoded by ours: {70 + 4 * 159 + 4 * 99}" in out
     assert "transformers / ours" in out and "bar >= 8" in out
+
+
+@pytest.mark.slow
+def test_the_engine_against_batched_generate(monkeypatch, tmp_path, capsys):
+    """Both sides answer the same prompts alike, so they generate equally many tokens."""
+    pytest.importorskip("torch", reason="the peer is transformers' PyTorch model")
+    words = ["--clients=3", "--prompt=90", "--answer=6", "--system=20", "--repeats=1"]
+    words += [f"--model={bundled.MODEL_DIR}", "--peers=batched", f"--out={tmp_path}"]
+    assert run(monkeypatch, serve_engine.main, *words) == 0
+    record = json.loads(next(tmp_path.glob("serve_engine_*.json")).read_text())
+    notes = record["notes"]
+    assert notes["ours"]["tokens"] == notes["batched generate"]["tokens"]
+    assert notes["ours"]["tokens"][0] > 6  # of 3 clients with 2 turns
+    assert "ours / batched generate" in capsys.readouterr().out
 
 
 @pytest.mark.slow
