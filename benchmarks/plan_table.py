@@ -5,7 +5,7 @@
 For each model and target: the mesh that the planner recommends for the Frozen Lake recipe, compiled
 for that target (TPUs need libtpu, GPUs JAX's CUDA plugin), and whether it fits. A cell is a JSON
 record in `benchmarks/results/`; one that is there already is not made again (`--again` does). The
-table in README.md is made from the records by `python -m benchmarks.readme`.
+table in docs/speed.md is made from the records by `python -m benchmarks.tables`.
 
 The programs that decide memory and time are compiled, the others are counted by hand. Seconds are
 estimates from peaks and assumed shares of them; nothing was run.

@@ -12,10 +12,10 @@ from benchmarks import (
     logs,
     loop,
     plan_table,
-    readme,
     sampler,
     serve_engine,
     side_by_side,
+    tables,
     topk_kl,
 )
 from benchmarks.models import SHAPES
@@ -173,7 +173,7 @@ def test_a_table_of_plans(monkeypatch, tmp_path, capsys, toy_plans):
     held = record["programs"]["update"]["compiled"]["arguments"]
     whole = 4 * 4 * record["parameters"] / 8
     assert whole <= held <= whole * 1.2
-    assert "| toy, cpu:8 | " in readme.table(tmp_path) and " | yes | " in readme.table(tmp_path)
+    assert "| toy, cpu:8 | " in tables.table(tmp_path) and " | yes | " in tables.table(tmp_path)
     made = file.stat().st_mtime_ns
     run(monkeypatch, plan_table.main, *words)  # what is there is not made again
     assert file.stat().st_mtime_ns == made
@@ -186,7 +186,7 @@ def test_a_table_with_a_model_that_fits_nowhere(monkeypatch, tmp_path, toy_plans
     monkeypatch.setattr(plan_table, "find", lambda text: Target(text, small, 8, 8))
     words = ["--models=toy/toy", "--targets=toy:8", f"--out={tmp_path}"]
     assert run(monkeypatch, plan_table.main, *words) == 0
-    assert " | no | " in readme.table(tmp_path) and "not compiled" in readme.table(tmp_path)
+    assert " | no | " in tables.table(tmp_path) and "not compiled" in tables.table(tmp_path)
     with pytest.raises(UserError, match="--models: a/b is none of"):
         run(monkeypatch, plan_table.main, "--models=a/b")
 
@@ -195,11 +195,11 @@ def test_ratios_go_repeat_by_repeat():
     assert side_by_side.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 4.0]) == (2.25, 2.0, 3.0)
 
 
-def test_the_table_in_the_readme_is_what_the_records_say(tmp_path):
-    assert readme.replaced(readme.README.read_text(), readme.table()) == readme.README.read_text()
+def test_the_table_in_the_docs_is_what_the_records_say(tmp_path):
+    assert tables.replaced(tables.PAGE.read_text(), tables.table()) == tables.PAGE.read_text()
     record = json.loads(next(side_by_side.RESULTS.glob("loop_*.json")).read_text())
     record["bars"] = [{"name": "a ratio", "value": 1.5, "target": 2, "most": False, "met": False}]
     (tmp_path / "one.json").write_text(json.dumps(record))
-    assert "| a ratio | 1.50 (missed) | >= 2 |" in readme.table(tmp_path)
+    assert "| a ratio | 1.50 (missed) | >= 2 |" in tables.table(tmp_path)
     with pytest.raises(ValueError, match="lacks the lines"):
-        readme.replaced("no marks", "")
+        tables.replaced("no marks", "")

@@ -49,3 +49,31 @@ def test_cited_rows_and_steps_exist():
             known = set(re.findall(r"(?m)^(\d+)\. ", section(number).partition("\n### ")[0]))
             assert set(filter(None, steps)) <= known, path
     assert seen > 5
+
+
+def test_the_readme_is_a_front_door():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text) <= 7_000
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md"]
+    pages += sorted((ROOT / "docs").rglob("*.md"))
+    broken = []
+    for page in pages:
+        text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+        links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?m)^\[[^\]]+\]: (\S+)", text)
+        for link in links:
+            target, _, heading = link.partition("#")
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            file = page if not target else page.parent / target
+            if not file.exists():
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+            elif heading and file.suffix == ".md":
+                titles = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
+                names = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+                if heading not in names:
+                    broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []

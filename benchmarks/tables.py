@@ -1,6 +1,6 @@
-"""The tables of measurements in README.md, made from the records in `benchmarks/results/`.
+"""The tables of measurements in docs/speed.md, made from the records in `benchmarks/results/`.
 
-    python -m benchmarks.readme [--check]
+    python -m benchmarks.tables [--check]
 
 `--check` changes nothing and exits 1 when the table is not what the records say.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from benchmarks.side_by_side import RESULTS
 
-README = RESULTS.parent.parent / "README.md"
-BEGIN, END = "<!-- made by python -m benchmarks.readme -->", "<!-- end of the table -->"
+PAGE = RESULTS.parent.parent / "docs" / "speed.md"
+BEGIN, END = "<!-- made by python -m benchmarks.tables -->", "<!-- end of the table -->"
 
 
 def rows(results: Path) -> list[str]:
@@ -99,7 +99,7 @@ def replaced(text: str, new: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{README.name} lacks the lines {BEGIN} and {END}")
+        raise ValueError(f"{PAGE.name} lacks the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{new}\n{END}{after}"
 
 
@@ -110,12 +110,12 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="exit 1 if the table is out of date")
     options = parser.parse_args()
-    old = README.read_text()
+    old = PAGE.read_text()
     new = replaced(old, table())
     if options.check:
-        print("up to date" if new == old else "out of date: run python -m benchmarks.readme")
+        print("up to date" if new == old else "out of date: run python -m benchmarks.tables")
         return int(new != old)
-    README.write_text(new)
+    PAGE.write_text(new)
     return 0
 
 
