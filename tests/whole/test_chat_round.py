@@ -1,4 +1,4 @@
-"""A whole chat round by the command: what it writes and shows, without a game."""
+"""A whole chat round by the command: what it writes and shows, without a game, and after kills."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kill_anywhere import Interrupted, differences
 from tiny_run import FIELDS, ROOT
 
 from oel_jax.base.files import read_json
@@ -138,3 +139,14 @@ def test_the_conversations_are_the_round_s_trajectories(finished):
     }
     learned = {one for name, ids in by_file.items() if "heldout" not in name for one in ids}
     assert not learned & set(by_file["heldout_0000.jsonl"])
+
+
+@pytest.mark.e2e
+@pytest.mark.signals
+def test_a_killed_chat_round_ends_as_one_left_alone(finished, model, tmp_path):
+    settings = fields(model) | {"evaluate.scorer": str(finished[0].parent / "scorer.py") + ":words"}
+    fill(tmp_path / "run")
+    interrupted = Interrupted(CONFIG, settings, longest=25.0, seed=3)
+    assert interrupted.finish(tmp_path / "run", kills=3) >= 1
+    differ = differences(finished[0], tmp_path / "run")
+    assert [name for name in differ if not name.startswith("conversations/")] == []
