@@ -1,6 +1,6 @@
 """User side of a chat round: a frozen part of the conversations that users have had.
 
-In place of games a round takes the conversations that are new since the round before: imported
+In place of games a round takes conversations that no round before has used: imported
 ones (`logs.path`) and those that a server has recorded in the workdir. They are split by user into
 those that are learned from and those that are held out, always in the same way, and copied into the
 round's store of trajectories:
@@ -92,18 +92,15 @@ def _make(run: Run, round_number: int) -> None:
         run.today,
         round_number,
     )
-    train = _usable(
-        _ordered(new.train, config.seed, round_number),
-        preparation,
-        new.left_out,
-        most=config.consolidate.steps * config.deploy.games_per_step,
-    )
-    heldout = _usable(
-        _ordered(new.heldout, config.seed, round_number),
-        preparation,
-        new.left_out,
-        most=config.evaluate.conversations,
-    )
+    sides = {"train": new.train, "heldout": new.heldout}
+    most = {
+        "train": config.consolidate.steps * config.deploy.games_per_step,
+        "heldout": config.evaluate.conversations,
+    }
+    order = {side: _ordered(part, config.seed, round_number) for side, part in sides.items()}
+    train, train_seen = _usable(order["train"], preparation, new.left_out, most["train"])
+    heldout, heldout_seen = _usable(order["heldout"], preparation, new.left_out, most["heldout"])
+    seen = {"train": train_seen, "heldout": heldout_seen}
     reasons = [preparation.hindrance(one) for one in train]
     new.left_out.update(reason for reason in reasons if reason)
     pool = [one for one, reason in zip(train, reasons, strict=True) if not reason]
@@ -126,11 +123,12 @@ def _make(run: Run, round_number: int) -> None:
     record = {
         "schema": SCHEMA,
         "round": round_number,
-        # All that is new, so that the next round does not take it; most of it is in the files.
+        "new": new.count,
+        # What was taken or cannot be used; what there was no room for is new to the next round too.
         "conversations": {
             one.id: {"turns": len(one.turns), "side": side}
-            for side, part in (("train", new.train), ("heldout", new.heldout))
-            for one, _ in part
+            for side, part in order.items()
+            for one, _ in part[: seen[side]]
         },
         "train": len(train),
         "train_turns": sum(len(one.turns) for one in train),
@@ -262,17 +260,22 @@ def _usable(
     preparation: Preparation,
     left_out: Counter[str],
     most: int,
-) -> list[Trajectory]:
-    """The first ones that the policy can read, at most `most`; others are counted by reason."""
+) -> tuple[list[Trajectory], int]:
+    """The first ones that the policy can read, at most `most`, and how many were looked at for it.
+
+    Others are counted by reason.
+    """
     taken: list[Trajectory] = []
+    seen = 0
     for one, used in new:
         if len(taken) == most:
             break
+        seen += 1
         try:
             taken.append(preparation.prepare(one, used, left_out))
         except LeftOut as reason:
             left_out[str(reason)] += 1
-    return taken
+    return taken, seen
 
 
 def _chains(config: ml_collections.ConfigDict) -> range:
@@ -333,7 +336,7 @@ def _log(run: Run, round_number: int, made: dict[str, Any]) -> None:
     run.metrics.rewind("deploy", round_number, round_number - 1)
     run.metrics.scalars("deploy", round_number, values, round=round_number)
     rows = [
-        ["new since the round before", len(made["conversations"])],
+        ["that no round has used", made["new"]],
         ["to learn from", made["train"]],
         ["their answers", made["train_turns"]],
         ["held out", made["heldout"]],

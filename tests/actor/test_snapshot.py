@@ -79,7 +79,8 @@ def sides(workdir, number=1):
 
 
 def test_a_user_is_on_one_side_in_all_rounds_and_nothing_held_out_is_learned_from(freeze, model):
-    config = chat_config(model, rounds=2, evaluate__conversations=100)
+    room = {"evaluate__conversations": 100, "deploy__games_per_step": 40}
+    config = chat_config(model, rounds=2, **room)
     first = some(40, users=12)
     workdir = freeze(first, config)
     later = [talk(f"d{n}", "more", "yes", who=f"u{n % 12}") for n in range(40)]
@@ -101,8 +102,25 @@ def test_a_user_is_on_one_side_in_all_rounds_and_nothing_held_out_is_learned_fro
             assert learned and not learned & heldout
 
 
+def test_what_a_round_has_no_room_for_is_new_to_the_next(freeze, model):
+    config = chat_config(model, rounds=3, logs__heldout=1e-9)
+    most = config.consolidate.steps * config.deploy.games_per_step
+    talks = some(2 * most + 1, users=most)
+    used = []
+    for number, count in ((1, most), (2, most), (3, 1)):
+        if number == 3:  # the last one is alone: the others are used
+            config = chat_config(
+                model, rounds=3, logs__heldout=1e-9, extract__n=1, extract__n_run=1
+            )
+        used.append(set(sides(freeze(talks, config, number), number)))
+        assert len(used[-1]) == count
+        assert read_json(freeze(talks, config, number).snapshot(number))["train"] == count
+    assert set.union(*used) == {one.id for one in talks} and sum(map(len, used)) == len(talks)
+
+
 def test_without_users_conversations_are_split(freeze, model):
-    workdir = freeze([talk(f"c{n}", "hello", "hi") for n in range(60)], chat_config(model))
+    config = chat_config(model, deploy__games_per_step=60, evaluate__conversations=60)
+    workdir = freeze([talk(f"c{n}", "hello", "hi") for n in range(60)], config)
     found = list(sides(workdir).values())
     assert 5 <= found.count("heldout") <= 35  # 0.3 of 60 by hash: 18, far from both ends
 
