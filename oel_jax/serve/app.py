@@ -364,12 +364,14 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         recorder, engine = service.recorder, service.policies.engine()
         recording = "failing" if recorder.failing else "on"
+        status = "ok" if service.policies.healthy else "failing"
+        status = "stopping" if service.stopping else status
         state = {
-            "status": "stopping" if service.stopping else "ok",
+            "status": status,
             "policy": "" if engine is None else engine.policy_name,
             "recording": "off" if recorder.store is None else recording,
         }
-        return JSONResponse(state, 503 if service.stopping else 200)
+        return JSONResponse(state, 200 if status == "ok" else 503)
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     page = {200: text, 401: {"model": responses.ApiErrorBody}}

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
+class ExchangeRules:
     """How policies are exchanged.
 
     Attributes:
@@ -79,7 +79,7 @@ class Policies:
         first: Policy,
         *,
         workdir: Workdir | None = None,
-        how: Exchange = Exchange(),
+        how: ExchangeRules = ExchangeRules(),
     ):
         """Load and serve the first policy; follow the workdir, if there is one.
 

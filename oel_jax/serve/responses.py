@@ -101,7 +101,7 @@ class FeedbackReceipt(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "stopping"]
+    status: Literal["ok", "failing", "stopping"]
     policy: str
     recording: Literal["on", "off", "failing"]
 

@@ -24,7 +24,7 @@ from oel_jax.serve.completion_ids import CompletionIds, secret_of
 from oel_jax.serve.engine import Engine, serving_sizes
 from oel_jax.serve.guard import GuardLimits
 from oel_jax.serve.measures import Measures
-from oel_jax.serve.policies import Exchange, Policies
+from oel_jax.serve.policies import ExchangeRules, Policies
 from oel_jax.serve.recorder import Recorder
 from oel_jax.serve.service import Limits, Service
 
@@ -101,7 +101,7 @@ def _policies(
         except ValueError as error:
             raise UserError(f"--slots: {error}") from error
 
-    how = Exchange(
+    how = ExchangeRules(
         period=given.period,
         canary=given.canary,
         shadow=given.shadow,

@@ -430,3 +430,14 @@ def test_a_mistake_of_the_server_shows_nothing_of_it(policies, tmp_path, caplog,
         assert response.headers["x-request-id"] in told.getMessage()
         monkeypatch.undo()
         assert served.chat().status_code == 200
+
+
+def test_health_says_when_the_policy_does_not_answer(policies, tmp_path, monkeypatch):
+    with serving(policies, tmp_path) as served:
+        assert served.client.get("/health").json()["status"] == "ok"
+        engine = served.service.policies.engine()
+        monkeypatch.setattr(engine, "_failed", True)  # what too many failures leave
+        response = served.client.get("/health")
+        assert response.status_code == 503 and response.json()["status"] == "failing"
+        monkeypatch.undo()
+        assert served.client.get("/health").status_code == 200

@@ -15,7 +15,7 @@ from oel_jax.sampler.requests import Request, Sampling, request_key
 from oel_jax.sampler.sampler import Sampler
 from oel_jax.serve.engine import Engine
 from oel_jax.serve.guard import GuardLimits, Record, why_worse
-from oel_jax.serve.policies import Exchange, Policies
+from oel_jax.serve.policies import ExchangeRules, Policies
 from oel_jax.testing import write_dummy_model
 
 SIZES = SamplerConfig(slots=4, prefill_rows=4, length=128, response=40, decode_steps=3)
@@ -44,7 +44,7 @@ def serving(workdir, waiting=1000, **how):
         return Engine(model, name, SIZES, sampling=SAMPLING, waiting=waiting)
 
     first = acceptance.newest_policy(workdir)
-    how = Exchange(**FAST | how)
+    how = ExchangeRules(**FAST | how)
     return Policies(lambda p: load_model(p.path), serve, first, workdir=workdir, how=how)
 
 
@@ -260,7 +260,7 @@ def test_a_shadow_answers_unseen(workdir):
 def test_settings_that_make_no_sense_are_named():
     for bad in ({"canary": 1.0}, {"canary": -0.1}, {"canary": 0.1, "shadow": True}, {"period": 0}):
         with pytest.raises(UserError):
-            Exchange(**bad)
+            ExchangeRules(**bad)
 
 
 def filled(finishes, window=10):
