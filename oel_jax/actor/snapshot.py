@@ -34,6 +34,7 @@ from oel_jax.actor.conversations import (
 )
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json, write_bytes, write_json
+from oel_jax.data.conversations import ConversationStore
 from oel_jax.data.trajectories import Trajectory
 from oel_jax.data.trajectory_files import TrajectoryStore
 from oel_jax.data.trajectory_schema import encode
@@ -55,11 +56,13 @@ class _New:
     Attributes:
       train, heldout: (conversation, turns of it that earlier rounds have used).
       left_out: reason -> number.
+      unfinished: conversations in which somebody may still be talking (`logs.idle`).
     """
 
     train: list[tuple[Trajectory, int]] = field(default_factory=list)
     heldout: list[tuple[Trajectory, int]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    unfinished: int = 0
 
     @property
     def count(self) -> int:
@@ -158,20 +161,45 @@ def check_snapshot(workdir: Workdir, round_number: int) -> None:
 def _wait_for(run: Run, round_number: int) -> _New:
     """The new conversations, as soon as there are as many as the config asks for."""
     wanted = run.config.logs.wait
-    new = _look(run, round_number)
-    if new.count >= wanted:
-        return new
+    if not wanted:
+        return _look(run, round_number)
+    answers = _Answers(run.workdir)
     label = f"round {round_number} deploy: waits for new conversations"
-    with Progress(
-        wanted, "conversations", label, every=run.config.log.console_every, done=new.count
-    ) as progress:
-        while new.count < wanted:
-            began = time.monotonic()
-            before, new = new.count, _look(run, round_number)
-            progress.update(max(0, new.count - before))
-            if new.count < wanted:
-                time.sleep(max(_PAUSE, time.monotonic() - began))
-    return new
+    with Progress(wanted, "conversations", label, every=run.config.log.console_every) as progress:
+        progress.say("reads what is there")
+        while True:
+            began, before = time.monotonic(), answers.count()
+            new = _look(run, round_number)
+            progress.update(max(0, min(new.count, wanted) - progress.done))
+            if new.count >= wanted:
+                return new
+            time.sleep(max(_PAUSE, time.monotonic() - began))
+            # To read all is dear, and no conversation is new without an answer.
+            missing = wanted - new.count - new.unfinished
+            while not run.config.logs.path and (fresh := answers.count() - before) < missing:
+                progress.say(f"{fresh} answers since the last look")
+                time.sleep(_PAUSE)
+            progress.say("reads what is there")
+
+
+class _Answers:
+    """Counts the lines of a workdir's store of conversations; reads only what was appended."""
+
+    def __init__(self, workdir: Workdir):
+        self._store = ConversationStore(workdir.conversations)
+        self._read: dict[Path, int] = {}
+        self._lines = 0
+
+    def count(self) -> int:
+        """How many answers have been recorded."""
+        if self._store.directory.is_dir():
+            for path in self._store.files("exchanges"):
+                with open(path, "rb") as file:
+                    file.seek(self._read.get(path, 0))
+                    while piece := file.read(1 << 20):
+                        self._lines += piece.count(b"\n")
+                    self._read[path] = file.tell()
+        return self._lines
 
 
 def _look(run: Run, round_number: int) -> _New:
@@ -186,7 +214,7 @@ def _look(run: Run, round_number: int) -> _New:
         elif logs.policy == "current" and policies_of(one) != {current}:
             new.left_out[f"another policy than {current} answered (config.logs.policy)"] += 1
         elif seconds_since(one) < logs.idle:
-            continue  # somebody may still be talking: the next look or round will take it
+            new.unfinished += 1  # the next look or round will take it
         elif one.id not in latest or len(one.turns) > len(latest[one.id].turns):
             latest[one.id] = one
     for one in latest.values():
@@ -215,8 +243,6 @@ def found(config: ml_collections.ConfigDict, workdir: Workdir) -> Iterator[Traje
             forgotten=Forgotten.of(workdir),
         )
     if workdir.conversations.is_dir():
-        from oel_jax.data.conversations import ConversationStore
-
         yield from ConversationStore(workdir.conversations).read()
 
 
