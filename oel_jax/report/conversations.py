@@ -14,7 +14,7 @@ POLICIES = {
     "conversations_in_context": "before, knowledge in context",
     "conversations_consolidated": "after consolidation",
 }
-_SHOWN = 12  # answers that are shown side by side without unfolding
+_SHOWN = 8  # answers that are shown side by side without unfolding
 
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
@@ -151,7 +151,7 @@ def _side_by_side(answers: Mapping[str, list[dict[str, Any]]], number: int) -> s
 
     def whole(rows: list[str]) -> str:
         return (
-            f'<div class="wide"><table class="numbers wrap"><thead>{head}</thead>'
+            f'<div class="wide"><table class="numbers wrap answers"><thead>{head}</thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
@@ -170,4 +170,6 @@ def _pair(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         "</pre></td>"
         for one in (old, new)
     )
-    return f'<tr><td class="text"><pre class="words">{escape(said)}</pre></td>{cells}</tr>'
+    # A long conversation scrolls in its cell, by the keyboard too.
+    talk = f'<pre class="words" tabindex="0">{escape(said)}</pre>'
+    return f'<tr><td class="text">{talk}</td>{cells}</tr>'
