@@ -10,9 +10,6 @@ by themselves, the general text as likely as before within 2 %.
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import side_by_side
+from benchmarks.side_by_side import Bar, finish
 from oel_jax.base.errors import UserError
-from oel_jax.base.files import read_json, write_json
+from oel_jax.base.files import read_json
 from oel_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,33 +75,56 @@ def found(workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def verdict(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each bar with the numbers of all seeds."""
-
-    def bar(values: list[float], met: list[bool]) -> dict[str, Any]:
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        return {"values": values, "mean": statistics.mean(values), "sd": spread, "met": all(met)}
-
-    ratio = [one["length_ratio"] for one in runs]
-    ended = [one["ended"]["consolidated"] for one in runs]
-    change = [one["general_change"] for one in runs]
-    return {
-        "length_ratio <= 0.5": bar(ratio, [value <= 0.5 for value in ratio]),
-        "ended >= 0.9": bar(ended, [value >= 0.9 for value in ended]),
-        "|general_change| <= 0.02": bar(change, [abs(value) <= 0.02 for value in change]),
-    }
+def report(model: str, runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    """Table, bars (the worst seed counts) and record; returns the exit status."""
+    rows = [
+        [
+            one["seed"],
+            *(f"{one['tokens'][name]:.1f}" for name in ("before", "in_context", "consolidated")),
+            *(f"{one['ended'][name]:.0%}" for name in ("before", "in_context", "consolidated")),
+            f"{one['general_change']:+.2%}",
+            f"{one['seconds'] / 60:.1f}",
+        ]
+        for one in runs
+    ]
+    three = ("before", "with text", "after")
+    headers = ["seed", *(f"tokens {name}" for name in three), *(f"ended {name}" for name in three)]
+    bars = [
+        Bar("tokens after / before", max(one["length_ratio"] for one in runs), 0.5, most=True),
+        Bar("share ended by themselves", min(one["ended"]["consolidated"] for one in runs), 0.9),
+        Bar(
+            "change of a general text's likelihood",
+            max(abs(one["general_change"]) for one in runs),
+            0.02,
+            most=True,
+        ),
+        Bar("minutes of a round", max(one["seconds"] for one in runs) / 60, 25, most=True),
+    ]
+    settings = {
+        "model": Path(model).name,
+        "answers": runs[0]["answers"],
+        "seeds": len(runs),
+    } | dict(field.split("=", 1) for field in options.set)
+    return finish(
+        "chat_brevity",
+        settings,
+        rows,
+        [*headers, "general text", "minutes"],
+        bars,
+        {"runs": list(runs)},
+        options,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--conversations", type=int, default=160)
     parser.add_argument("--logs", type=Path, help="use these logs for all seeds")
     parser.add_argument("--workdir", type=Path, help="where runs are kept; default: temporary")
     parser.add_argument("--set", nargs="*", default=[], help="further fields, NAME=VALUE")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args(arguments)
     scratch = given.workdir or Path(tempfile.mkdtemp(prefix="chat_brevity_"))
     scratch.mkdir(parents=True, exist_ok=True)
@@ -116,18 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record = {
-        "model": Path(given.model).name,
-        "machine": {"cpus": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
-        "python": platform.python_version(),
-        "fields": given.set,
-        "bars": verdict(runs),
-        "runs": runs,
-    }
-    write_json(given.out / "chat_brevity.json", record)
-    for name, one in record["bars"].items():
-        print(f"{name}: {one['mean']:.3f} {'met' if one['met'] else 'NOT met'}")
-    return 0
+    return report(given.model, runs, given)
 
 
 if __name__ == "__main__":
