@@ -66,11 +66,8 @@ def test_responses_are_well_formed(requests, answers):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_slow_device_gets_less_at_once_and_says_the_same(
-    model, requests, answers, monkeypatch, overlap
-):
-    monkeypatch.setattr(Pace, "SECONDS", 0.0)  # whatever it does takes too long
-    sampler, places = make(model, overlap=overlap), []
+def test_a_slow_device_gets_less_at_once_and_says_the_same(model, requests, answers, overlap):
+    sampler, places = make(model, overlap=overlap, seconds=0.0), []  # whatever it does is too long
     slow = sampler.generate(
         model.params, requests, lambda: places.append(sampler.encoded + sampler.generated)
     )
