@@ -51,6 +51,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
 
     c.consolidate.steps = 8
     c.consolidate.learning_rate = 5e-6
+    c.consolidate.keep_fp32_master = True  # rounded to bfloat16, so small a change would be lost
     c.consolidate.token_budget = 4096
 
     c.loss.top_k = 64

@@ -55,6 +55,7 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
 
     c.consolidate.steps = 5
     c.consolidate.learning_rate = 1e-5
+    c.consolidate.keep_fp32_master = True  # rounded to bfloat16, so small a change would be lost
     c.consolidate.token_budget = 2048
 
     c.loss.top_k = 64
