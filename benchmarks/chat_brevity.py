@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish
+from oel_jax.base import paths
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json
 from oel_jax.runs.workdir import Workdir
@@ -122,8 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--conversations", type=int, default=160)
-    parser.add_argument("--logs", type=Path, help="use these logs for all seeds")
-    parser.add_argument("--workdir", type=Path, help="where runs are kept; default: temporary")
+    parser.add_argument("--logs", type=paths.argument, help="use these logs for all seeds")
+    parser.add_argument(
+        "--workdir", type=paths.argument, help="where runs are kept; default: temporary"
+    )
     parser.add_argument("--set", nargs="*", default=[], help="further fields, NAME=VALUE")
     given = parser.parse_args(arguments)
     scratch = given.workdir or Path(tempfile.mkdtemp(prefix="chat_brevity_"))

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Bar, finish
+from oel_jax.base import paths
 from oel_jax.base.errors import UserError
 from oel_jax.base.files import read_json
 
@@ -80,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = side_by_side.parser(__doc__)
     parser.add_argument("--config", default="nano_frozen_lake_online")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--workdir", type=Path, help="where runs are kept; default: temporary")
+    parser.add_argument(
+        "--workdir", type=paths.argument, help="where runs are kept; default: temporary"
+    )
     parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE, or flags of oel online")
     given = parser.parse_args(arguments)
     scratch = given.workdir or Path(tempfile.mkdtemp(prefix="online_"))

@@ -316,11 +316,11 @@ def test_stop_needs_a_measurement(finished_run, tmp_path, capsys):
 
 
 def test_the_stage_stands_between_extraction_and_consolidation():
-    names = ("deploy", "extract", "demonstrate", "preflight", "consolidate", "evaluate")
+    names = ("deploy", "extract", "review", "demonstrate", "preflight", "consolidate", "evaluate")
     assert names == NAMES
     for games_, mode in itertools.product((0, 1), ("on_policy", "off_policy")):
         config = tiny_config(preflight__games=games_, consolidate__mode=mode)
-        expected = set(names)
+        expected = set(names) - {"review"}
         expected -= set() if games_ else {"preflight"}
         expected -= {"demonstrate"} if mode == "on_policy" else set()
         assert [one.name for one in stages_of(config)] == [n for n in names if n in expected]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from tiers import HANG
 from tiny_run import ROOT
 
 # Nothing that Python could interrupt: as where the compiler works, or a library waits.
@@ -12,7 +13,6 @@ STUCK = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 CHILD = """
 import hashlib, signal, sys, time
 from oel_jax.base import preemption
-from tiers import HANG
 {before}
 preemption.listen()
 def up():

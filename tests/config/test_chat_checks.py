@@ -56,7 +56,6 @@ def test_a_chat_round_refuses_what_needs_a_game(field, value):
         ("logs.wrapper", "paper"),
         ("logs.heldout", 0.5),
         ("logs.redact", False),
-        ("extract.place", "system"),
         ("extract.user_share", 0.5),
         ("extract.history", "reactions"),
         ("evaluate.conversations", 3),

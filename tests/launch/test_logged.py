@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from fake_tools import ROOT
+from tiers import HANG
 
 LOGGED = [sys.executable, "-S", ROOT / "launch" / "logged.py"]
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -19,7 +20,6 @@ def start(log, *command, **more):
 
 SAVES = """
 import signal, sys, time
-from tiers import HANG
 signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 print("ready")
